@@ -1,0 +1,137 @@
+"""The ledger's values: every credential the broker set out to issue.
+
+- An intent is recorded before a signature can exist.
+- INTENT → ISSUED when the outcome arrives, → UNCONFIRMED when none does in time.
+- ISSUED and UNCONFIRMED → SUPERSEDED, REVOKED, EXPIRED; SUPERSEDED → REVOKED, EXPIRED.
+- A credential in any state but EXPIRED and REVOKED counts as possibly valid, and can be revoked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum, IntEnum, StrEnum
+
+from identity_ca.spiffe_id import SpiffeId
+
+
+class CredentialKind(StrEnum):
+    """What sort of credential."""
+
+    X509 = "x509"
+    JWT = "jwt"
+
+
+class CredentialState(StrEnum):
+    """Where a credential stands in its life."""
+
+    INTENT = "intent"
+    ISSUED = "issued"
+    UNCONFIRMED = "unconfirmed"
+    SUPERSEDED = "superseded"
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+
+
+REVOCABLE_STATES = frozenset(
+    {
+        CredentialState.INTENT,
+        CredentialState.ISSUED,
+        CredentialState.UNCONFIRMED,
+        CredentialState.SUPERSEDED,
+    }
+)
+
+
+class RevocationReason(IntEnum):
+    """RFC 5280, section 5.3.1 (those that make sense here)."""
+
+    UNSPECIFIED = 0
+    KEY_COMPROMISE = 1
+    CA_COMPROMISE = 2
+    AFFILIATION_CHANGED = 3
+    SUPERSEDED = 4
+    CESSATION_OF_OPERATION = 5
+    PRIVILEGE_WITHDRAWN = 9
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialIntent:
+    """What is about to be signed. Durable before the signature exists.
+
+    `id` is the serial (40 lower-case hexadecimal digits) or the jti; `entry_id` is empty for a
+    node's own SVID and `node_id` is None for the broker's own.
+    """
+
+    id: str
+    kind: CredentialKind
+    spiffe_id: SpiffeId
+    entry_id: str
+    entry_revision: int
+    node_id: SpiffeId | None
+    authority_id: str
+    key_fingerprint: str
+    tbs_digest: str
+    not_before: datetime
+    not_after: datetime
+    recorded_at: datetime
+    correlation_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialOutcome:
+    """What became of an intent: issued, with the SHA-256 (hex) of the credential.
+
+    `supersedes` is the serial this one takes the place of, if any.
+    """
+
+    id: str
+    digest: str
+    issued_at: datetime
+    supersedes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A ledger row."""
+
+    intent: CredentialIntent
+    state: CredentialState
+    digest: str = ""
+    revoked_at: datetime | None = None
+    reason: RevocationReason | None = None
+    comment: str = ""
+
+    @property
+    def id(self) -> str:
+        """Serial or jti."""
+        return self.intent.id
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """A credential that is not to be trusted though it has not expired."""
+
+    id: str
+    kind: CredentialKind
+    spiffe_id: SpiffeId
+    revoked_at: datetime
+    expires_at: datetime
+    reason: RevocationReason
+    comment: str = ""
+
+
+class SubjectKind(Enum):
+    """What a revocation names."""
+
+    CREDENTIAL = "credential"
+    SPIFFE_ID = "spiffe_id"
+    NODE = "node"
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationResult:
+    """What a revocation did."""
+
+    revoked: tuple[Revocation, ...]
+    already_revoked: int

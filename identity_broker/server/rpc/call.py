@@ -1,0 +1,25 @@
+"""One call, as the services see it.
+
+- A service function takes the request and a `Call` and returns the response (unary), or is an
+  async generator (streaming); it raises `BrokerError` to refuse. It never sees a gRPC context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from identity_broker.domain.caller import Caller
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the pipeline found out about a call before the service is reached.
+
+    `stopping` is set when the server drains: a stream ends itself soon after.
+    """
+
+    method: str
+    caller: Caller
+    correlation_id: str
+    stopping: asyncio.Event
