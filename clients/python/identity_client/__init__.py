@@ -1,0 +1,1 @@
+"""Identity Broker SDK: fetch, rotate and check SPIFFE identities from Python."""
