@@ -5,9 +5,12 @@
         ├──drop──▶ (gone)                                ▼
         └──revoke─────────────────▶ REVOKED ◀──revoke── TAINTED
 
-- An `AuthoritySet` holds one kind, at most one PREPARED and at most one ACTIVE; it cannot be built otherwise.
-- Sets and authorities are values: every transition returns a new set, an illegal one raises and changes nothing.
-- REVOKED is terminal. A revoked authority is never trusted again; its record stays until it expires.
+- An `AuthoritySet` holds one kind, at most one PREPARED and at most one ACTIVE; it cannot be built
+  otherwise.
+- Sets and authorities are values: every transition returns a new set, an illegal one raises and
+  changes nothing.
+- REVOKED is terminal. A revoked authority is never trusted again; its record stays until it
+  expires.
 - An active authority is never pruned: losing it is a fault to see, not an entry to tidy away.
 - Nothing here reads a clock: `now` is always an argument, in aware UTC.
 """
@@ -203,7 +206,7 @@ class AuthoritySet:
         return AuthoritySet(self.kind, tuple(moved(a) for a in self.authorities))
 
     def taint(self, authority_id: str) -> AuthoritySet:
-        """Mark an ACTIVE or OLD authority as no longer to be relied on; an ACTIVE one stops signing.
+        """Mark an ACTIVE or OLD authority as not to be relied on; an ACTIVE one stops signing.
 
         Raises:
             AuthorityTransitionError: unknown, or in another state.
@@ -228,18 +231,14 @@ class AuthoritySet:
             AuthorityTransitionError: unknown, or not PREPARED.
         """
         self._require(authority_id, frozenset({AuthorityState.PREPARED}), "dropped")
-        return AuthoritySet(
-            self.kind, tuple(a for a in self.authorities if a.id != authority_id)
-        )
+        return AuthoritySet(self.kind, tuple(a for a in self.authorities if a.id != authority_id))
 
     def prune(self, now: datetime) -> AuthoritySet:
         """Forget every authority that has expired at `now`, except the active one."""
         return AuthoritySet(
             self.kind,
             tuple(
-                a
-                for a in self.authorities
-                if a.state is AuthorityState.ACTIVE or a.not_after > now
+                a for a in self.authorities if a.state is AuthorityState.ACTIVE or a.not_after > now
             ),
         )
 
@@ -271,14 +270,12 @@ def preparation_time(active: Authority) -> datetime:
     return active.not_before + active.lifetime / 2
 
 
-def activation_time(
-    prepared: Authority, active: Authority, *, refresh_hint: timedelta
-) -> datetime:
+def activation_time(prepared: Authority, active: Authority, *, refresh_hint: timedelta) -> datetime:
     """When `prepared` should take over from `active`.
 
-    At five sixths of the active one's life, but not before verifiers had one whole refresh hint to
-    learn the new key (SPIFFE Federation section 4.1); and never later than the active one's end, when
-    waiting longer would only add an outage.
+    At five sixths of the active one's life, but not before verifiers had one whole refresh hint
+    to learn the new key (SPIFFE Federation section 4.1); and never later than the active one's
+    end, when waiting longer would only add an outage.
     """
     published_long_enough = prepared.created_at + refresh_hint
     wanted = active.not_before + active.lifetime * 5 / 6
