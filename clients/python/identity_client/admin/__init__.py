@@ -1,0 +1,68 @@
+"""Administration of a broker: entries, nodes, tokens, the ledger, authorities, the bundle.
+
+with AdminClient(UnixTarget(Path("/run/identity-broker/admin.sock"))) as admin:
+    for entry in admin.entries.list():
+        print(entry.spiffe_id)
+"""
+
+from __future__ import annotations
+
+from identity_client.admin.client import (
+    AdminClient,
+    Authorities,
+    Credentials,
+    Entries,
+    Nodes,
+)
+from identity_client.admin.target import MtlsTarget, Target, UnixTarget
+from identity_client.admin.values import (
+    Authority,
+    AuthorityKind,
+    AuthorityState,
+    Bundle,
+    BundleJwtKey,
+    Check,
+    Credential,
+    CredentialKind,
+    CredentialQuery,
+    CredentialState,
+    Entry,
+    EntryChange,
+    EntryQuery,
+    Explanation,
+    JoinToken,
+    Node,
+    Outcome,
+    RevocationReason,
+    RevokeOutcome,
+)
+
+__all__ = [
+    "AdminClient",
+    "Authorities",
+    "Authority",
+    "AuthorityKind",
+    "AuthorityState",
+    "Bundle",
+    "BundleJwtKey",
+    "Check",
+    "Credential",
+    "CredentialKind",
+    "CredentialQuery",
+    "CredentialState",
+    "Credentials",
+    "Entries",
+    "Entry",
+    "EntryChange",
+    "EntryQuery",
+    "Explanation",
+    "JoinToken",
+    "MtlsTarget",
+    "Node",
+    "Nodes",
+    "Outcome",
+    "RevocationReason",
+    "RevokeOutcome",
+    "Target",
+    "UnixTarget",
+]
