@@ -14,6 +14,7 @@
     ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite
     ├── ExhaustedError        RateLimited WatchLagged
     ├── DependencyError       StoreUnavailable SigningBackendUnavailable AuthorityUnavailable
+    ├── DeadlineExceeded      the work was not done in the time the caller or the method table gave
     ├── ConfigError           (never crosses the wire)
     └── InvariantViolated     INTERNAL: a bug; its detail never leaves the process
 """
@@ -35,6 +36,7 @@ class Kind(Enum):
     STALE = "stale"
     EXHAUSTED = "exhausted"
     UNAVAILABLE = "unavailable"
+    DEADLINE = "deadline"
     CONFIG = "config"
     INTERNAL = "internal"
 
@@ -370,6 +372,15 @@ class AuthorityUnavailable(DependencyError):
     reason = "AUTHORITY_UNAVAILABLE"
     sentence = "the broker has no active signing authority"
     default_hint = "idb authority list shows the authorities; idb doctor says what is missing"
+
+
+class DeadlineExceeded(BrokerError):
+    """The work was not done in the time the caller, or the method's row, allows."""
+
+    kind = Kind.DEADLINE
+    reason = "DEADLINE_EXCEEDED"
+    sentence = "the broker did not finish in time"
+    default_hint = "call again; idb doctor checks every dependency"
 
 
 # --- the rest -----------------------------------------------------------------------------------------
