@@ -14,6 +14,7 @@ import hashlib
 import re
 from base64 import b32encode
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from identity_ca.errors import SpiffeIdError
@@ -145,15 +146,22 @@ class SpiffeId:
         `<base32(sha256(id))>.svid.<trust domain>`, lower case, unpadded; None where the trust
         domain is not a DNS name or leaves no room for the prefix.
         """
-        if not self.trust_domain.is_dns_name:
-            return None
-        digest = hashlib.sha256(str(self).encode("ascii")).digest()
-        label = b32encode(digest).decode("ascii").rstrip("=").lower()
-        name = f"{label}.svid.{self.trust_domain.name}"
-        return name if len(name) <= _MAX_DNS_NAME else None
+        return _dns_san(self)
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.trust_domain.name}{self.path}"
+
+
+# Asked for twice on every issue (template and lint), and again at every renewal.
+@lru_cache(maxsize=4096)
+def _dns_san(spiffe_id: SpiffeId) -> str | None:
+    trust_domain = spiffe_id.trust_domain
+    if not trust_domain.is_dns_name:
+        return None
+    digest = hashlib.sha256(str(spiffe_id).encode("ascii")).digest()
+    label = b32encode(digest).decode("ascii").rstrip("=").lower()
+    name = f"{label}.svid.{trust_domain.name}"
+    return name if len(name) <= _MAX_DNS_NAME else None
 
 
 def _explain_trust_domain(name: str) -> SpiffeIdError:
