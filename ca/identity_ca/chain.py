@@ -171,6 +171,11 @@ def find_path(
             except ChainRejected as exc:
                 furthest = max(furthest, (len(path), exc), key=lambda each: each[0])
                 continue
+            except _Unreadable as exc:
+                # One damaged candidate must not hide a good one.
+                unreadable = _rejected("a certificate cannot be read", detail=str(exc))
+                furthest = max(furthest, (len(path), unreadable), key=lambda each: each[0])
+                continue
             if is_anchor:
                 return (*path, issuer)
             paths.append((*path, issuer))
@@ -281,7 +286,7 @@ def _covers(base: x509.GeneralName, name: x509.GeneralName) -> bool:
     constraint = str(base.value).lower()
     if isinstance(name, x509.DNSName):
         host = name.value.lower()
-        return constraint == "" or host == constraint or host.endswith(f".{constraint}")
+        return constraint in ("", host) or host.endswith(f".{constraint}")
     _, _, rest = str(name.value).partition("://")
     host = rest.partition("/")[0].rpartition("@")[2].partition(":")[0].lower()
     if not host:
