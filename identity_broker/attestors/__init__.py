@@ -1,0 +1,1 @@
+"""How machines prove what they are."""

@@ -1,0 +1,153 @@
+"""attest: a machine proves what it is, and becomes a node.
+
+- The CSR is looked at before the proof is spent: a broken request costs no join token.
+- The proof comes first, then the ban check, then the SVID, then the node's record.
+- A proof that was spent for nothing, because issuing failed, is given back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+from identity_ca.csr import parse_csr
+from identity_ca.errors import CAError
+from identity_ca.issuer import X509Credential
+from identity_ca.profile import NODE
+
+from identity_broker.attestors.node import Challenger, Evidence, NodeAttestor
+from identity_broker.domain.caller import Caller
+from identity_broker.domain.clock import Clock
+from identity_broker.domain.events import AuditEvent, AuditKind
+from identity_broker.domain.node import AttestedNode, Node
+from identity_broker.errors import AttestorUnknown, BrokerError, NodeBanned
+from identity_broker.lifecycle.authorize import Authorize
+from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.issue import Issue, X509Order, one
+from identity_broker.signing import translate
+from identity_broker.store import Repositories, Store
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A node and its first SVID."""
+
+    node: AttestedNode
+    credential: X509Credential
+
+
+class Attest:
+    """Admits nodes."""
+
+    def __init__(
+        self,
+        *,
+        attestors: dict[str, NodeAttestor],
+        authorize: Authorize,
+        issue: Issue,
+        store: Store,
+        directory: Directory,
+        clock: Clock,
+    ) -> None:
+        self._attestors = attestors
+        self._authorize = authorize
+        self._issue = issue
+        self._store = store
+        self._directory = directory
+        self._clock = clock
+
+    async def node(
+        self,
+        attestor_name: str,
+        payload: bytes,
+        csr: bytes,
+        challenge: Challenger,
+        caller: Caller,
+        correlation_id: str = "",
+    ) -> Admission:
+        """Attest a node and issue its SVID.
+
+        Args:
+            challenge: sends a challenge to the node and returns its answer.
+
+        Raises:
+            AttestorUnknown: no such attestor is enabled.
+            CsrRejected, KeyTooWeak: the CSR.
+            AttestationFailed, JoinTokenRejected, ChallengeFailed: the proof.
+            NodeBanned: an operator banned the node.
+            StoreUnavailable, SigningBackendUnavailable: nothing was issued.
+        """
+        attestor = self._attestors.get(attestor_name)
+        if attestor is None:
+            raise AttestorUnknown(detail=attestor_name[:64])
+        try:
+            request = parse_csr(csr, allowed=NODE.key_algorithms)
+        except CAError as error:
+            raise translate(error) from error
+        try:
+            node = await attestor.attest(Evidence(payload, request.spki_der), challenge)
+        except BrokerError as error:
+            await self._refused(attestor_name, caller, error, correlation_id)
+            raise
+        try:
+            grant = self._authorize.attested(node)
+            credential = one(await self._issue.x509([X509Order(grant, csr)], correlation_id))
+            await self._admit(node, credential, caller, correlation_id)
+        except BrokerError:
+            await attestor.give_back(payload)
+            raise
+        return Admission(node, credential)
+
+    async def _admit(
+        self, node: AttestedNode, credential: X509Credential, caller: Caller, correlation_id: str
+    ) -> None:
+        now = self._clock.now()
+
+        def write(repos: Repositories) -> None:
+            # Asked again inside the transaction: a ban that came meanwhile must not be undone.
+            known = repos.nodes.find(node.spiffe_id)
+            if known is not None and known.banned:
+                raise NodeBanned(detail=f"{node.spiffe_id} was banned while it attested")
+            repos.nodes.upsert(
+                Node(
+                    spiffe_id=node.spiffe_id,
+                    attestor=node.attestor,
+                    selectors=node.selectors,
+                    attested_at=now,
+                    serial=credential.serial,
+                    expires_at=credential.not_after,
+                    reattestable=node.reattestable,
+                )
+            )
+            repos.audit.append(
+                AuditEvent(
+                    at=now,
+                    kind=AuditKind.NODE_ATTESTED,
+                    actor=caller.name,
+                    subject=str(node.spiffe_id),
+                    correlation_id=correlation_id,
+                    facts={"attestor": node.attestor, "serial": credential.serial},
+                )
+            )
+
+        await self._store.write(write)
+        await self._directory.sync()
+
+    async def _refused(
+        self, attestor: str, caller: Caller, error: BrokerError, correlation_id: str
+    ) -> None:
+        event = AuditEvent(
+            at=self._clock.now(),
+            kind=AuditKind.NODE_ATTESTATION_REFUSED,
+            actor=caller.name,
+            subject=attestor,
+            reason=error.reason,
+            correlation_id=correlation_id,
+        )
+        try:
+            await self._store.write(lambda repos: repos.audit.append(event))
+        except BrokerError as outage:
+            # The refusal stands whether or not it could be written down.
+            _log.warning("refusal not audited", reason=outage.reason, refused=error.reason)

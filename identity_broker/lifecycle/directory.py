@@ -1,0 +1,261 @@
+"""What authorization needs to know, in memory.
+
+- Filled from the store once, then kept fresh by its change feed; no call reads the database to
+  be authorized.
+- Touched by the event loop's thread alone. Values in it are immutable and swapped whole.
+- `sync()` returns when every change committed before the call is reflected (read your writes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+import structlog
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
+
+from identity_broker.domain import names
+from identity_broker.domain.clock import Clock
+from identity_broker.domain.credential import Revocation
+from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.events import Change, Topic
+from identity_broker.domain.node import Node
+from identity_broker.errors import BrokerError, EntryNotFound, NodeNotFound
+from identity_broker.store import Repositories, Store
+
+_log = structlog.get_logger(__name__)
+
+_POLL_SECONDS = 5.0
+_RETRY_SECONDS = 0.5
+_LOAD_CHUNK = 500
+# A revocation is kept a little past its credential's expiry: verifiers' clocks differ.
+_DENY_MARGIN = timedelta(minutes=5)
+
+Listener = Callable[["Update"], None]
+
+
+class Update:
+    """What one step of the change feed changed; handed to the listeners."""
+
+    __slots__ = (
+        "authorities_changed",
+        "changed_entries",
+        "deleted_entry_ids",
+        "nodes_changed",
+        "revocations",
+        "seq",
+    )
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        self.changed_entries: list[RegistrationEntry] = []
+        self.deleted_entry_ids: list[str] = []
+        self.revocations: list[Revocation] = []
+        self.nodes_changed = False
+        self.authorities_changed = False
+
+
+class Directory:
+    """Entries, nodes and live revocations of the trust domain."""
+
+    def __init__(self, store: Store, trust_domain: TrustDomain, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._broker_id = names.broker_id(trust_domain)
+        self._entries: dict[str, RegistrationEntry] = {}
+        self._by_parent: dict[SpiffeId, dict[str, RegistrationEntry]] = {}
+        self._admins: dict[SpiffeId, dict[str, RegistrationEntry]] = {}
+        self._nodes: dict[SpiffeId, Node] = {}
+        self._revocations: dict[str, Revocation] = {}
+        self._listeners: list[Listener] = []
+        self._lock = asyncio.Lock()
+        self.seq = 0
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def entry(self, entry_id: str) -> RegistrationEntry | None:
+        """Return the entry with that id, or None."""
+        return self._entries.get(entry_id)
+
+    def entries(self) -> Iterator[RegistrationEntry]:
+        """Yield every entry; the caller must not await in between."""
+        return iter(self._entries.values())
+
+    def entry_count(self) -> int:
+        """Return how many entries there are."""
+        return len(self._entries)
+
+    def children(self, parent: SpiffeId) -> Iterable[RegistrationEntry]:
+        """Return the entries whose parent is `parent`."""
+        return self._by_parent.get(parent, {}).values()
+
+    def groups(self) -> Iterable[RegistrationEntry]:
+        """Return the entries that name groups of nodes."""
+        return self.children(self._broker_id)
+
+    def node(self, spiffe_id: SpiffeId) -> Node | None:
+        """Return the attested node with that ID, or None."""
+        return self._nodes.get(spiffe_id)
+
+    def is_revoked(self, credential_id: str) -> bool:
+        """Whether the credential with that serial or jti is revoked."""
+        return credential_id in self._revocations
+
+    def revocations(self) -> list[Revocation]:
+        """Return every revocation whose credential may not have expired yet."""
+        return list(self._revocations.values())
+
+    def is_admin(self, spiffe_id: SpiffeId, now: datetime) -> bool:
+        """Whether a live entry makes this identity an administrator."""
+        return any(entry.is_live(now) for entry in self._admins.get(spiffe_id, {}).values())
+
+    # --- following --------------------------------------------------------------------------
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` after every update; the returned function stops it."""
+        self._listeners.append(listener)
+
+        def stop() -> None:
+            with suppress(ValueError):
+                self._listeners.remove(listener)
+
+        return stop
+
+    async def load(self) -> None:
+        """Fill the directory from the store.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        now = self._clock.now()
+
+        def read(
+            repos: Repositories,
+        ) -> tuple[int, list[RegistrationEntry], list[Node], list[Revocation]]:
+            # The position first: what commits while we read is then read again, not missed.
+            seq = repos.outbox.latest()
+            return (
+                seq,
+                list(repos.entries.iterate()),
+                list(repos.nodes.all()),
+                list(repos.credentials.revoked_unexpired(now - _DENY_MARGIN)),
+            )
+
+        seq, entries, nodes, revocations = await self._store.read(read)
+        for entry in entries:
+            self._put_entry(entry)
+        self._nodes = {node.spiffe_id: node for node in nodes}
+        self._revocations = {revocation.id: revocation for revocation in revocations}
+        self.seq = seq
+
+    async def sync(self) -> None:
+        """Reflect every change committed before this call.
+
+        Raises:
+            StoreUnavailable: the database did not answer; nothing is half-applied.
+        """
+        async with self._lock:
+            while True:
+                changes = await self._store.changes.after(self.seq, _LOAD_CHUNK)
+                if not changes:
+                    return
+                await self._apply(changes)
+                if len(changes) < _LOAD_CHUNK:
+                    return
+
+    async def follow(self) -> None:
+        """Follow the change feed until cancelled; a store outage is waited out."""
+        while True:
+            try:
+                await self._store.changes.wait(self.seq, _POLL_SECONDS)
+                await self.sync()
+            except BrokerError as error:
+                _log.warning("change feed interrupted", reason=error.reason, detail=error.detail)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    def forget_expired(self) -> None:
+        """Drop revocations of credentials that have expired by now anyway."""
+        limit = self._clock.now() - _DENY_MARGIN
+        expired = [key for key, value in self._revocations.items() if value.expires_at < limit]
+        for key in expired:
+            del self._revocations[key]
+
+    # --- applying ---------------------------------------------------------------------------
+
+    async def _apply(self, changes: list[Change]) -> None:
+        keys: dict[Topic, dict[str, None]] = {}
+        for change in changes:
+            keys.setdefault(change.topic, {})[change.key] = None
+        update = Update(changes[-1].seq)
+        entry_ids = list(keys.get(Topic.ENTRY, ()))
+        node_ids = [SpiffeId.parse(key) for key in keys.get(Topic.NODE, ())]
+        revoked_ids = list(keys.get(Topic.REVOCATION, ()))
+
+        def read(
+            repos: Repositories,
+        ) -> tuple[
+            dict[str, RegistrationEntry | None], dict[SpiffeId, Node | None], list[Revocation]
+        ]:
+            return (
+                {key: _entry_or_none(repos, key) for key in entry_ids},
+                {key: _node_or_none(repos, key) for key in node_ids},
+                list(repos.credentials.revocations(revoked_ids)) if revoked_ids else [],
+            )
+
+        entries, nodes, revocations = await self._store.read(read)
+        for entry_id, entry in entries.items():
+            self._remove_entry(entry_id)
+            if entry is None:
+                update.deleted_entry_ids.append(entry_id)
+            else:
+                self._put_entry(entry)
+                update.changed_entries.append(entry)
+        for spiffe_id, node in nodes.items():
+            update.nodes_changed = True
+            if node is None:
+                self._nodes.pop(spiffe_id, None)
+            else:
+                self._nodes[spiffe_id] = node
+        for revocation in revocations:
+            self._revocations[revocation.id] = revocation
+        update.revocations = revocations
+        update.authorities_changed = Topic.AUTHORITY in keys
+        self.seq = update.seq
+        for listener in tuple(self._listeners):
+            listener(update)
+
+    def _put_entry(self, entry: RegistrationEntry) -> None:
+        self._entries[entry.id] = entry
+        self._by_parent.setdefault(entry.parent_id, {})[entry.id] = entry
+        if entry.admin:
+            self._admins.setdefault(entry.spiffe_id, {})[entry.id] = entry
+
+    def _remove_entry(self, entry_id: str) -> None:
+        entry = self._entries.pop(entry_id, None)
+        if entry is None:
+            return
+        for index, key in (
+            (self._by_parent, entry.parent_id),
+            (self._admins, entry.spiffe_id),
+        ):
+            bucket = index.get(key)
+            if bucket is not None:
+                bucket.pop(entry_id, None)
+                if not bucket:
+                    del index[key]
+
+
+def _entry_or_none(repos: Repositories, entry_id: str) -> RegistrationEntry | None:
+    try:
+        return repos.entries.get(entry_id)
+    except EntryNotFound:
+        return None
+
+
+def _node_or_none(repos: Repositories, spiffe_id: SpiffeId) -> Node | None:
+    try:
+        return repos.nodes.get(spiffe_id)
+    except NodeNotFound:
+        return None

@@ -1,0 +1,126 @@
+"""Banning, evicting and inviting nodes."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
+
+from identity_broker.attestors.node import join_token
+from identity_broker.domain import names
+from identity_broker.domain.caller import Caller
+from identity_broker.domain.clock import Clock
+from identity_broker.domain.events import AuditEvent, AuditKind
+from identity_broker.domain.node import JoinToken, Node
+from identity_broker.domain.paging import NodeFilter, Page
+from identity_broker.errors import MalformedRequest
+from identity_broker.lifecycle.revoke import Revoke
+from identity_broker.store import Repositories, Store
+
+DEFAULT_TOKEN_TTL = timedelta(minutes=10)
+MAX_TOKEN_TTL = timedelta(hours=24)
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Nodes:
+    """The attested nodes of the trust domain."""
+
+    def __init__(
+        self, store: Store, revoke: Revoke, trust_domain: TrustDomain, clock: Clock
+    ) -> None:
+        self._store = store
+        self._revoke = revoke
+        self._trust_domain = trust_domain
+        self._clock = clock
+
+    async def get(self, spiffe_id: SpiffeId) -> Node:
+        """Return one node.
+
+        Raises:
+            NodeNotFound: there is none with that ID.
+        """
+        return await self._store.read(lambda repos: repos.nodes.get(spiffe_id))
+
+    async def page(self, wanted: NodeFilter, after: str, size: int) -> Page[Node]:
+        """Return a page of nodes, by SPIFFE ID."""
+        return await self._store.read(lambda repos: repos.nodes.page(wanted, after, size))
+
+    async def ban(self, spiffe_id: SpiffeId, reason: str, caller: Caller) -> tuple[Node, int]:
+        """Refuse the node from now on and revoke its SVIDs; return it and how many were revoked.
+
+        Raises:
+            NodeNotFound: there is none with that ID.
+            StoreUnavailable: repeat the call.
+        """
+
+        def write(repos: Repositories) -> None:
+            node = repos.nodes.get(spiffe_id)
+            repos.nodes.upsert(replace(node, banned=True, ban_reason=reason))
+            repos.audit.append(self._event(AuditKind.NODE_BANNED, spiffe_id, caller, reason))
+
+        revoked = await self._revoke.node(spiffe_id, reason or "banned", write)
+        return await self.get(spiffe_id), len(revoked.revocations)
+
+    async def evict(self, spiffe_id: SpiffeId, caller: Caller) -> int:
+        """Forget the node and revoke its SVIDs; return how many were revoked.
+
+        Raises:
+            NodeNotFound: there is none with that ID.
+            StoreUnavailable: repeat the call.
+        """
+
+        def write(repos: Repositories) -> None:
+            repos.nodes.delete(spiffe_id)
+            repos.audit.append(self._event(AuditKind.NODE_EVICTED, spiffe_id, caller, ""))
+
+        revoked = await self._revoke.node(spiffe_id, "evicted", write)
+        return len(revoked.revocations)
+
+    async def create_join_token(
+        self, ttl: timedelta | None, node_name: str, caller: Caller
+    ) -> tuple[str, JoinToken]:
+        """Make a join token; return it (secret, shown once) and what is stored of it.
+
+        Raises:
+            MalformedRequest: the lifetime or the node's name.
+            StoreUnavailable: repeat the call.
+        """
+        ttl = ttl if ttl is not None else DEFAULT_TOKEN_TTL
+        if not timedelta(seconds=1) <= ttl <= MAX_TOKEN_TTL:
+            raise MalformedRequest("a join token lives between 1 s and 24 h")
+        name = node_name or secrets.token_hex(10)
+        if not _NODE_NAME.fullmatch(name):
+            raise MalformedRequest(
+                "a node name has 1 to 64 letters, digits, dots, underscores and hyphens"
+            )
+        now: datetime = self._clock.now()
+        secret = join_token.new_token()
+        token = JoinToken(
+            token_hash=join_token.token_hash(secret),
+            node_id=names.node_id(self._trust_domain, "join_token", name),
+            expires_at=now + ttl,
+            created_at=now,
+        )
+
+        def write(repos: Repositories) -> None:
+            repos.join_tokens.create(token)
+            repos.audit.append(
+                self._event(AuditKind.JOIN_TOKEN_CREATED, token.node_id, caller, "")
+            )
+
+        await self._store.write(write)
+        return secret, token
+
+    def _event(
+        self, kind: AuditKind, spiffe_id: SpiffeId, caller: Caller, reason: str
+    ) -> AuditEvent:
+        return AuditEvent(
+            at=self._clock.now(),
+            kind=kind,
+            actor=caller.name,
+            subject=str(spiffe_id),
+            reason=reason,
+        )

@@ -1,0 +1,428 @@
+"""The one door from the event loop to the blocking CA library.
+
+- Local keys sign on the loop: one signature costs less than handing it to a thread.
+- Remote keys sign in bounded threads; orders that wait for a thread are signed together, in one
+  round trip.
+- What is prepared names the authority that will sign it; the authorities are one immutable
+  snapshot, swapped in one assignment.
+- Every CAError leaves here as a BrokerError; nothing below is translated elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Generic, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from identity_ca.authority import (
+    Authority,
+    AuthorityKind,
+    AuthoritySet,
+    AuthorityState,
+    authority_bundle,
+)
+from identity_ca.bundle import TrustBundle
+from identity_ca.errors import CAError, KeyNotFound
+from identity_ca.issuer import PreparedX509, X509Credential, X509Issuer
+from identity_ca.jwt import JwtCredential, JwtIssuer, PreparedJwt
+from identity_ca.keys import KeyAlgorithm, KeyManager, key_fingerprint, spki_der
+from identity_ca.profile import BROKER, NODE, WORKLOAD, X509Profile
+from identity_ca.spiffe_id import TrustDomain
+from identity_ca.upstream import UpstreamAuthority
+
+from identity_broker import errors
+from identity_broker.domain.grant import Grant, GrantKind
+from identity_broker.errors import (
+    AuthorityUnavailable,
+    BrokerError,
+    InvariantViolated,
+    SigningBackendUnavailable,
+)
+
+T = TypeVar("T")
+P = TypeVar("P")
+C = TypeVar("C")
+
+# 128 bits of the key's fingerprint: unique, and stable across restarts.
+_KEY_ID_DIGITS = 32
+
+_PROFILES: dict[GrantKind, X509Profile] = {
+    GrantKind.WORKLOAD: WORKLOAD,
+    GrantKind.NODE: NODE,
+    GrantKind.BROKER: BROKER,
+}
+
+_BY_REASON: dict[str, type[BrokerError]] = {
+    leaf.reason: leaf
+    for leaf in (
+        errors.InvalidSpiffeId,
+        errors.CsrRejected,
+        errors.KeyTooWeak,
+        errors.PolicyViolation,
+        errors.LintFailed,
+        errors.AudienceInvalid,
+        errors.SigningBackendUnavailable,
+    )
+}
+# A backend that answers wrongly is, to the caller, one that cannot be used now.
+_BACKEND_REASONS = frozenset(
+    {"SIGNING_BACKEND_MISCONFIGURED", "KEY_NOT_FOUND", "UPSTREAM_REJECTED"}
+)
+
+
+def translate(error: CAError) -> BrokerError:
+    """Return the broker's error for one of the CA library's."""
+    leaf = _BY_REASON.get(error.reason)
+    detail = f"{error}; {error.detail}" if error.detail else str(error)
+    if leaf is not None and issubclass(leaf, SigningBackendUnavailable):
+        return leaf(detail=detail, retry_after=error.retry_after or 1.0)
+    if leaf is not None:
+        return leaf(error.message, detail=error.detail, hint=error.hint)
+    if error.reason in _BACKEND_REASONS:
+        return SigningBackendUnavailable(detail=detail, retry_after=error.retry_after or 5.0)
+    return InvariantViolated(detail=detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Authorities:
+    """The authorities in force: one generation, swapped whole."""
+
+    x509: X509Issuer | None
+    jwt: JwtIssuer | None
+    x509_set: AuthoritySet
+    jwt_set: AuthoritySet
+    bundle: TrustBundle
+
+
+class Signing:
+    """Prepares and signs credentials with the active authorities.
+
+    Args:
+        trust_domain: the trust domain served.
+        keys: where private keys live.
+        upstream: who certifies X.509 authorities.
+        refresh_hint: how often bundle readers should come back.
+        threads: how many remote operations may be under way at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        trust_domain: TrustDomain,
+        keys: KeyManager,
+        upstream: UpstreamAuthority,
+        refresh_hint: timedelta,
+        threads: int = 8,
+    ) -> None:
+        self.trust_domain = trust_domain
+        self._keys = keys
+        self._upstream = upstream
+        self._refresh_hint = refresh_hint
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="signing")
+        self._x509_lane = _Lane[PreparedX509, X509Credential](self._pool, flights=threads // 2)
+        self._jwt_lane = _Lane[PreparedJwt, JwtCredential](self._pool, flights=threads // 2)
+        self._authorities: Authorities | None = None
+
+    @property
+    def upstream_name(self) -> str:
+        """The name of the upstream authority."""
+        return self._upstream.name
+
+    @property
+    def authorities(self) -> Authorities:
+        """The authorities in force.
+
+        Raises:
+            AuthorityUnavailable: none has been installed yet.
+        """
+        if self._authorities is None:
+            raise AuthorityUnavailable(retry_after=1.0)
+        return self._authorities
+
+    @property
+    def bundle(self) -> TrustBundle:
+        """The trust domain's bundle."""
+        return self.authorities.bundle
+
+    # --- preparing: on the loop, no key touched -----------------------------------------------
+
+    def prepare_x509(self, grant: Grant, csr: bytes, now: datetime) -> PreparedX509:
+        """Check a CSR and encode the certificate that the grant allows.
+
+        Raises:
+            CsrRejected, KeyTooWeak, PolicyViolation, LintFailed: the CSR or the grant.
+            AuthorityUnavailable: no X.509 authority is active.
+        """
+        issuer = self.authorities.x509
+        if issuer is None:
+            raise AuthorityUnavailable(retry_after=5.0)
+        try:
+            return issuer.prepare(
+                csr=csr,
+                spiffe_id=grant.spiffe_id,
+                profile=_PROFILES[grant.kind],
+                ttl=grant.x509_ttl,
+                now=now,
+                dns_names=grant.dns_names,
+            )
+        except CAError as error:
+            raise translate(error) from error
+
+    def prepare_jwt(self, grant: Grant, audiences: Sequence[str], now: datetime) -> PreparedJwt:
+        """Encode the token that the grant allows.
+
+        Raises:
+            AudienceInvalid, PolicyViolation: the audiences or the grant.
+            AuthorityUnavailable: no JWT authority is active.
+        """
+        issuer = self.authorities.jwt
+        if issuer is None:
+            raise AuthorityUnavailable(retry_after=5.0)
+        try:
+            return issuer.prepare(
+                spiffe_id=grant.spiffe_id, audiences=audiences, ttl=grant.jwt_ttl, now=now
+            )
+        except CAError as error:
+            raise translate(error) from error
+
+    # --- signing: after the intent is durable ---------------------------------------------------
+
+    async def sign_x509(self, prepared: Sequence[PreparedX509]) -> list[X509Credential]:
+        """Sign what was prepared; each may be signed once.
+
+        Raises:
+            SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
+            AuthorityUnavailable: the authority was replaced since; prepare again.
+        """
+        issuer = self.authorities.x509
+        if issuer is None or any(item.authority_id != issuer.authority_id for item in prepared):
+            raise AuthorityUnavailable(
+                "the signing authority was replaced in this moment", retry_after=0.1
+            )
+        if not issuer.key.remote:
+            try:
+                return issuer.sign_many(prepared)
+            except CAError as error:
+                raise translate(error) from error
+        return await self._x509_lane.submit(issuer.sign_many, prepared)
+
+    async def sign_jwt(self, prepared: Sequence[PreparedJwt]) -> list[JwtCredential]:
+        """Sign what was prepared; each may be signed once.
+
+        Raises:
+            SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
+            AuthorityUnavailable: the authority was replaced since; prepare again.
+        """
+        issuer = self.authorities.jwt
+        if issuer is None or any(item.authority_id != issuer.authority_id for item in prepared):
+            raise AuthorityUnavailable(
+                "the signing authority was replaced in this moment", retry_after=0.1
+            )
+        if not issuer.key.remote:
+            try:
+                return issuer.sign_many(prepared)
+            except CAError as error:
+                raise translate(error) from error
+        return await self._jwt_lane.submit(issuer.sign_many, prepared)
+
+    # --- authorities ----------------------------------------------------------------------------
+
+    async def new_authority(
+        self, kind: AuthorityKind, algorithm: KeyAlgorithm, ttl: timedelta, now: datetime
+    ) -> Authority:
+        """Make a key and, for X.509, have the upstream certify it. The result is PREPARED.
+
+        Raises:
+            SigningBackendUnavailable: the key manager or the upstream did not do it.
+        """
+        return await self._in_thread(lambda: self._new_authority(kind, algorithm, ttl, now))
+
+    def _new_authority(
+        self, kind: AuthorityKind, algorithm: KeyAlgorithm, ttl: timedelta, now: datetime
+    ) -> Authority:
+        key = self._keys.create(kind.value, algorithm)
+        spki = spki_der(key.public_key)
+        if kind is AuthorityKind.JWT:
+            return Authority(
+                id=key_fingerprint(key.public_key)[:_KEY_ID_DIGITS],
+                kind=kind,
+                state=AuthorityState.PREPARED,
+                key_id=key.key_id,
+                algorithm=algorithm,
+                public_key_der=spki,
+                chain=(),
+                roots=(),
+                upstream="none",
+                created_at=now,
+                not_before=now,
+                not_after=now + ttl,
+            )
+        signed = self._upstream.certify(key, trust_domain=self.trust_domain, ttl=ttl, now=now)
+        own = signed.chain[0]
+        subject_key = own.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        return Authority(
+            id=subject_key.digest.hex(),
+            kind=kind,
+            state=AuthorityState.PREPARED,
+            key_id=key.key_id,
+            algorithm=algorithm,
+            public_key_der=spki,
+            chain=tuple(certificate.public_bytes(Encoding.DER) for certificate in signed.chain),
+            roots=tuple(certificate.public_bytes(Encoding.DER) for certificate in signed.roots),
+            upstream=self._upstream.name,
+            created_at=now,
+            not_before=own.not_valid_before_utc,
+            not_after=own.not_valid_after_utc,
+        )
+
+    async def missing_keys(self, authorities: Sequence[Authority]) -> list[Authority]:
+        """Return those of the authorities whose key the key manager does not have (any more).
+
+        Raises:
+            SigningBackendUnavailable: the key manager did not answer.
+        """
+
+        def find() -> list[Authority]:
+            missing = []
+            for authority in authorities:
+                try:
+                    key = self._keys.load(authority.key_id)
+                except KeyNotFound:
+                    missing.append(authority)
+                    continue
+                if spki_der(key.public_key) != authority.public_key_der:
+                    missing.append(authority)
+            return missing
+
+        return await self._in_thread(find)
+
+    async def install(self, x509_set: AuthoritySet, jwt_set: AuthoritySet, sequence: int) -> None:
+        """Put a generation of authorities into force.
+
+        Raises:
+            SigningBackendUnavailable: an active authority's key could not be loaded.
+        """
+        self._authorities = await self._in_thread(
+            lambda: self._build(x509_set, jwt_set, sequence)
+        )
+
+    def _build(self, x509_set: AuthoritySet, jwt_set: AuthoritySet, sequence: int) -> Authorities:
+        x509_issuer = jwt_issuer = None
+        if x509_set.active is not None:
+            active = x509_set.active
+            x509_issuer = X509Issuer(
+                authority_id=active.id,
+                trust_domain=self.trust_domain,
+                key=self._keys.load(active.key_id),
+                chain=[x509.load_der_x509_certificate(der) for der in active.chain],
+            )
+        if jwt_set.active is not None:
+            active = jwt_set.active
+            jwt_issuer = JwtIssuer(
+                authority_id=active.id,
+                trust_domain=self.trust_domain,
+                key=self._keys.load(active.key_id),
+                not_after=active.not_after,
+            )
+        bundle = authority_bundle(
+            x509_set,
+            jwt_set,
+            trust_domain=self.trust_domain,
+            sequence=sequence,
+            refresh_hint=self._refresh_hint,
+        )
+        return Authorities(x509_issuer, jwt_issuer, x509_set, jwt_set, bundle)
+
+    # --- dependencies -----------------------------------------------------------------------------
+
+    async def check_keys(self) -> None:
+        """Check the key manager, signing nothing.
+
+        Raises:
+            SigningBackendUnavailable: it cannot be used now.
+        """
+        await self._in_thread(self._keys.check)
+
+    async def check_upstream(self) -> None:
+        """Check the upstream authority, signing nothing.
+
+        Raises:
+            SigningBackendUnavailable: it cannot be used now.
+        """
+        await self._in_thread(self._upstream.check)
+
+    async def close(self) -> None:
+        """Let go of the key manager and the upstream."""
+        await self._in_thread(self._keys.close)
+        await self._in_thread(self._upstream.close)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except CAError as error:
+            raise translate(error) from error
+
+
+class _Lane(Generic[P, C]):
+    """Signs remotely; what waits while all flights are under way goes together with the next."""
+
+    def __init__(self, pool: ThreadPoolExecutor, *, flights: int, most: int = 250) -> None:
+        self._pool = pool
+        self._free = max(1, flights)
+        self._most = most
+        self._waiting: list[
+            tuple[Callable[[Sequence[P]], list[C]], Sequence[P], asyncio.Future[list[C]]]
+        ] = []
+        self._flying: set[asyncio.Task[None]] = set()
+
+    async def submit(self, sign: Callable[[Sequence[P]], list[C]], orders: Sequence[P]) -> list[C]:
+        """Return the signed orders, in order."""
+        done: asyncio.Future[list[C]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((sign, orders, done))
+        self._launch()
+        return await done
+
+    def _launch(self) -> None:
+        while self._free and self._waiting:
+            sign = self._waiting[0][0]
+            load, size = [], 0
+            # One flight is one authority's; a replaced authority's orders fly apart.
+            while self._waiting and self._waiting[0][0] == sign and size < self._most:
+                load.append(self._waiting.pop(0))
+                size += len(load[-1][1])
+            self._free -= 1
+            task = asyncio.get_running_loop().create_task(self._fly(sign, load))
+            self._flying.add(task)
+            task.add_done_callback(self._flying.discard)
+
+    async def _fly(
+        self,
+        sign: Callable[[Sequence[P]], list[C]],
+        load: list[tuple[Callable[[Sequence[P]], list[C]], Sequence[P], asyncio.Future[list[C]]]],
+    ) -> None:
+        orders = [order for _, part, _ in load for order in part]
+        try:
+            signed = await asyncio.get_running_loop().run_in_executor(self._pool, sign, orders)
+        except BaseException as error:
+            failure = translate(error) if isinstance(error, CAError) else error
+            for _, _, done in load:
+                if not done.done():
+                    done.set_exception(failure)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            at = 0
+            for _, part, done in load:
+                if not done.done():
+                    done.set_result(signed[at : at + len(part)])
+                at += len(part)
+        finally:
+            self._free += 1
+            self._launch()
+
