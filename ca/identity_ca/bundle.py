@@ -173,7 +173,7 @@ class TrustBundle:
             BundleRejected: over 4 MiB, not strict JSON, no `keys`, or a key of a known type and use
                 that is broken.
         """
-        return cls._from_members(trust_domain, _parse(document))
+        return _bundle_of(trust_domain, _parse(document))
 
     @classmethod
     def from_jwks(cls, trust_domain: TrustDomain, document: bytes) -> TrustBundle:
@@ -213,25 +213,6 @@ class TrustBundle:
             _ca_certificate(der, place)
         return cls(trust_domain=trust_domain, x509_authorities=tuple(ders))
 
-    @classmethod
-    def _from_members(cls, trust_domain: TrustDomain, members: Mapping[str, Any]) -> TrustBundle:
-        x509_authorities: dict[bytes, None] = {}
-        jwt_keys: list[JwtKey] = []
-        for place, jwk in _jwks(members):
-            # TB-6: compared exactly; a missing or unknown use leaves the key out.
-            match jwk.get("use"):
-                case "x509-svid":
-                    x509_authorities |= dict.fromkeys(_x509_authorities(jwk, place))
-                case "jwt-svid":
-                    jwt_keys.extend(_jwt_keys(jwk, place))
-        return cls(
-            trust_domain=trust_domain,
-            x509_authorities=tuple(x509_authorities),
-            jwt_keys=tuple(jwt_keys),
-            sequence=_integer(members, "spiffe_sequence", default=0),
-            refresh_hint=_refresh_hint(members),
-        )
-
 
 def parse_bundle_map(document: bytes) -> dict[TrustDomain, TrustBundle]:
     """Read a SPIFFE bundle map (TB-7, TB-8): `{"trust_domains": {"example.org": <bundle>, …}}`.
@@ -255,7 +236,7 @@ def parse_bundle_map(document: bytes) -> dict[TrustDomain, TrustBundle]:
         if not isinstance(members, dict):
             raise BundleRejected(f"the bundle of {trust_domain} is not a JSON object")
         without_hint = {k: v for k, v in members.items() if k != "spiffe_refresh_hint"}
-        bundles[trust_domain] = TrustBundle._from_members(trust_domain, without_hint)
+        bundles[trust_domain] = _bundle_of(trust_domain, without_hint)
     return bundles
 
 
@@ -273,6 +254,25 @@ def _parse(document: bytes) -> dict[str, Any]:
         return parse_json_object(document)
     except MalformedJose as exc:
         raise BundleRejected(f"the bundle cannot be read: {exc}") from exc
+
+
+def _bundle_of(trust_domain: TrustDomain, members: Mapping[str, Any]) -> TrustBundle:
+    x509_authorities: dict[bytes, None] = {}
+    jwt_keys: list[JwtKey] = []
+    for place, jwk in _jwks(members):
+        # TB-6: compared exactly; a missing or unknown use leaves the key out.
+        use = jwk.get("use")
+        if use == _X509_USE:
+            x509_authorities |= dict.fromkeys(_x509_authorities(jwk, place))
+        elif use == _JWT_USE:
+            jwt_keys.extend(_jwt_keys(jwk, place))
+    return TrustBundle(
+        trust_domain=trust_domain,
+        x509_authorities=tuple(x509_authorities),
+        jwt_keys=tuple(jwt_keys),
+        sequence=_integer(members, "spiffe_sequence", default=0),
+        refresh_hint=_refresh_hint(members),
+    )
 
 
 def _jwks(members: Mapping[str, Any]) -> Iterable[tuple[int, dict[str, Any]]]:

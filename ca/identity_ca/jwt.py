@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,6 +31,7 @@ from identity_ca.bundle import TrustBundle
 from identity_ca.errors import (
     AudienceInvalid,
     BundleRejected,
+    LintFailed,
     ProfileViolation,
     SpiffeIdError,
     TokenRejected,
@@ -111,7 +111,7 @@ class PreparedJwt:
     """
 
     __slots__ = (
-        "_unsigned",
+        "_ticket",
         "audiences",
         "authority_id",
         "jti",
@@ -144,14 +144,27 @@ class PreparedJwt:
         self.signing_input: Final[bytes] = signing_input
         self.tbs_digest: Final[str] = hashlib.sha256(signing_input).hexdigest()
         self.authority_id: Final[str] = authority_id
-        self._unsigned = threading.Lock()
+        # One element, taken by the one signature: list.pop is atomic, so no lock is needed.
+        self._ticket: Final = [None]
 
-    def _take(self) -> bytes:
-        """The bytes to sign, for the first caller only, from whatever thread."""
-        if not self._unsigned.acquire(blocking=False):
-            raise ProfileViolation("a prepared JWT-SVID can be signed only once")
+    def redeem(self, authority_id: str) -> bytes:
+        """The bytes to sign, handed out once; for `JwtIssuer.sign` alone.
+
+        Raises:
+            ProfileViolation: redeemed before, or by another authority.
+            LintFailed: the bytes are not the prepared ones.
+        """
+        if self.authority_id != authority_id:
+            raise ProfileViolation("this JWT-SVID was prepared by another authority")
         if hashlib.sha256(self.signing_input).hexdigest() != self.tbs_digest:
-            raise ProfileViolation("the bytes to sign are not the ones that were prepared")
+            raise LintFailed("the bytes to be signed are not the ones that were prepared")
+        try:
+            self._ticket.pop()
+        except IndexError:
+            raise ProfileViolation(
+                "this prepared JWT-SVID was signed already",
+                hint="prepare again: a new jti, a new record",
+            ) from None
         return self.signing_input
 
     def __repr__(self) -> str:
@@ -289,10 +302,7 @@ class JwtIssuer:
 
     def sign_many(self, prepared: Sequence[PreparedJwt]) -> list[JwtCredential]:
         """As `sign`, in one round trip for a remote key; results in the same order."""
-        for one in prepared:
-            if one.authority_id != self.authority_id:
-                raise ProfileViolation("a JWT-SVID prepared for another authority")
-        messages = [one._take() for one in prepared]
+        messages = [one.redeem(self.authority_id) for one in prepared]
         signatures = self._key.sign_many(messages)
         return [
             self._credential(one, signature)

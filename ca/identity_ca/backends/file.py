@@ -24,33 +24,19 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from identity_ca.errors import (
-    BackendMisconfigured,
-    BackendUnavailable,
-    KeyNotFound,
-    KeyTooWeak,
+from identity_ca.backends.private_file import (
+    check_private,
+    read_private_file,
+    storage_failed,
+    write_private_file,
 )
+from identity_ca.errors import BackendMisconfigured, KeyNotFound, KeyTooWeak
 from identity_ca.keys import KeyAlgorithm, LocalSigningKey, SigningKey, generate_private_key
 
-__all__ = ["FileKeyManager", "read_private_file"]
+__all__ = ["FileKeyManager"]
 
 _PURPOSES: Final = ("x509", "jwt")
 _KEY_ID: Final = re.compile(r"file:((?:x509|jwt)-[0-9a-f]{28})@1", re.ASCII)
-_MAX_FILE_BYTES: Final = 64 * 1024
-# ELOOP is what O_NOFOLLOW says of a symbolic link.
-_WRONG_SET_UP: Final = frozenset(
-    {
-        errno.EACCES,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
 class FileKeyManager:
@@ -90,9 +76,9 @@ class FileKeyManager:
             with contextlib.suppress(FileExistsError):
                 self._directory.mkdir(mode=0o700)
             self._check_directory()
-            _write_durably(self._directory / f"{name}.pem", pem)
+            write_private_file(self._directory / f"{name}.pem", pem)
         except OSError as exc:
-            raise _storage_failed(exc, self._directory) from exc
+            raise storage_failed(exc, self._directory) from exc
         return LocalSigningKey(f"file:{name}@1", private_key)
 
     def load(self, key_id: str) -> SigningKey:
@@ -114,7 +100,7 @@ class FileKeyManager:
         except FileNotFoundError as exc:
             raise _no_such_key(key_id) from exc
         except OSError as exc:
-            raise _storage_failed(exc, path) from exc
+            raise storage_failed(exc, path) from exc
         try:
             private_key = serialization.load_pem_private_key(pem, password=None)
             if not isinstance(
@@ -150,7 +136,7 @@ class FileKeyManager:
                     hint="make it with: install -d -m 0700 DIRECTORY",
                 ) from None
         except OSError as exc:
-            raise _storage_failed(exc, self._directory) from exc
+            raise storage_failed(exc, self._directory) from exc
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -162,72 +148,7 @@ class FileKeyManager:
                 "the key directory is not a directory, or a symbolic link to one",
                 detail=str(self._directory),
             )
-        _check_private(found, self._directory, "0700")
-
-
-def read_private_file(path: Path) -> bytes:
-    """The content of a file that only this user could read or write.
-
-    Raises:
-        BackendMisconfigured: a symbolic link or no regular file, another owner, group or world
-            permissions, or longer than 64 KiB.
-        OSError: as the operating system says, FileNotFoundError included.
-    """
-    # O_NONBLOCK: opening a FIFO must not hang before it can be refused.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    descriptor = os.open(path, flags)
-    with os.fdopen(descriptor, "rb") as file:
-        # Asked of the open file, so that nobody can swap it in between.
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise BackendMisconfigured("a key file is not a regular file", detail=str(path))
-        _check_private(found, path, "0600")
-        content = file.read(_MAX_FILE_BYTES + 1)
-    if len(content) > _MAX_FILE_BYTES:
-        raise BackendMisconfigured("a key file is too long to be one", detail=str(path))
-    return content
-
-
-def _check_private(found: os.stat_result, path: Path, mode: str) -> None:
-    if found.st_uid != os.geteuid():
-        raise BackendMisconfigured(
-            "a key file or directory belongs to another user",
-            detail=f"{path} belongs to uid {found.st_uid}",
-            hint="replace the key: its owner can read it",
-        )
-    if found.st_mode & _OTHERS:
-        raise BackendMisconfigured(
-            "a key file or directory can be reached by other users",
-            detail=f"{path} has mode {stat.S_IMODE(found.st_mode):04o}",
-            hint=f"chmod {mode} it, and replace the key if others may have read it",
-        )
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a new file of mode 0600 so that a crash leaves all of it or none of it.
-
-    Raises:
-        OSError: and then no file of that name exists.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o600)  # whatever the umask is
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        check_private(found, self._directory)
 
 
 def _no_such_key(key_id: str) -> KeyNotFound:
@@ -236,15 +157,3 @@ def _no_such_key(key_id: str) -> KeyNotFound:
         detail=key_id[:128],
         hint="restore the file from a backup, or prepare and activate a new authority",
     )
-
-
-def _storage_failed(exc: OSError, path: Path) -> BackendMisconfigured | BackendUnavailable:
-    """A wrong set-up where the operating system says so, a fault that may pass otherwise."""
-    detail = f"{path}: {exc.strerror or exc}"
-    if exc.errno in _WRONG_SET_UP:
-        return BackendMisconfigured(
-            "the key directory or a key file in it cannot be used",
-            detail=detail,
-            hint="it has to be a directory of mode 0700 that belongs to this user",
-        )
-    return BackendUnavailable("the disk with the signing keys does not answer", detail=detail)
