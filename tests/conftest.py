@@ -1,0 +1,40 @@
+"""What every test shares: the fixtures of each component, and how hard Hypothesis looks.
+
+- A component's fixtures live in tests/support/<component>.py and are named below, one line each.
+- HYPOTHESIS_PROFILE chooses: `ci` (the same examples every time), `dev` (new ones, fewer), `fuzz`
+  (as many as HYPOTHESIS_MAX_EXAMPLES says; `make fuzz`).
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+
+pytest_plugins: list[str] = [
+    # "support.<component>",
+]
+
+# No deadline: this machine may be busy, and a slow example is not a wrong one.
+_SLOW_IS_FINE = [HealthCheck.too_slow]
+settings.register_profile(
+    "ci",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=_SLOW_IS_FINE,
+)
+settings.register_profile(
+    "dev", deadline=None, max_examples=50, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "20000")),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
+    print_blob=True,
+    suppress_health_check=_SLOW_IS_FINE,
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
