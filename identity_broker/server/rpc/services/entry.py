@@ -1,0 +1,197 @@
+"""Entry: who may become what."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from identity_api.broker.v1 import entry_pb2 as pb
+from identity_api.broker.v1 import types_pb2
+
+from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.errors import (
+    BrokerError,
+    EntryExists,
+    EntryNotFound,
+    MalformedRequest,
+)
+from identity_broker.lifecycle.authorize import Authorize
+from identity_broker.lifecycle.directory import Directory, Update
+from identity_broker.registry.entries import Entries, new_entry_id
+from identity_broker.server.rpc import convert
+from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.pipeline import ServiceFunction
+from identity_broker.server.rpc.services.svid import calling_node
+from identity_broker.server.rpc.status import item_status
+from identity_broker.server.rpc.watch import subscription
+
+_OK = types_pb2.Status(code=0)
+_CHUNK = 500
+
+
+class EntryService:
+    """Registration entries, for operators and for the nodes they concern."""
+
+    def __init__(self, entries: Entries, authorize: Authorize, directory: Directory) -> None:
+        self._entries = entries
+        self._authorize = authorize
+        self._directory = directory
+
+    def functions(self) -> Mapping[str, ServiceFunction]:
+        """Full method name to service function."""
+        service = "/identity_api.broker.v1.Entry/"
+        return {
+            f"{service}BatchCreate": self.batch_create,
+            f"{service}BatchUpdate": self.batch_update,
+            f"{service}BatchDelete": self.batch_delete,
+            f"{service}Get": self.get,
+            f"{service}List": self.list,
+            f"{service}Watch": self.watch,
+            f"{service}ListAuthorized": self.list_authorized,
+            f"{service}Explain": self.explain,
+        }
+
+    async def batch_create(
+        self, request: pb.BatchCreateEntryRequest, call: Call
+    ) -> pb.BatchCreateEntryResponse:
+        """Create entries, each with its own status."""
+        convert.from_batch(request.entries, "entries")
+        parsed = [
+            _parsed(lambda item=item: convert.from_entry(item, item.id or new_entry_id()))
+            for item in request.entries
+        ]
+        good = [entry for entry in parsed if isinstance(entry, RegistrationEntry)]
+        created = iter(await self._entries.create(good, call.caller) if good else ())
+        return pb.BatchCreateEntryResponse(
+            results=[
+                _result(item if isinstance(item, BrokerError) else next(created))
+                for item in parsed
+            ]
+        )
+
+    async def batch_update(
+        self, request: pb.BatchUpdateEntryRequest, call: Call
+    ) -> pb.BatchUpdateEntryResponse:
+        """Change entries, each with its own status."""
+        convert.from_batch(request.items, "items")
+        changes = [
+            (
+                item.entry.id,
+                item.entry.revision,
+                lambda stored, item=item: convert.from_update(stored, item.entry, item.fields),
+            )
+            for item in request.items
+        ]
+        results = await self._entries.update(changes, call.caller)
+        return pb.BatchUpdateEntryResponse(results=[_result(item) for item in results])
+
+    async def batch_delete(
+        self, request: pb.BatchDeleteEntryRequest, call: Call
+    ) -> pb.BatchDeleteEntryResponse:
+        """Delete entries, each with its own status."""
+        convert.from_batch(request.ids, "ids")
+        results = await self._entries.delete(list(request.ids), call.caller)
+        return pb.BatchDeleteEntryResponse(
+            results=[
+                pb.BatchDeleteEntryResponse.Result(
+                    id=entry_id,
+                    status=item_status(result) if isinstance(result, BrokerError) else _OK,
+                )
+                for entry_id, result in zip(request.ids, results, strict=True)
+            ]
+        )
+
+    async def get(self, request: pb.GetEntryRequest, _call: Call) -> pb.GetEntryResponse:
+        """Return one entry."""
+        if not request.id:
+            raise MalformedRequest("id is required")
+        return pb.GetEntryResponse(entry=convert.to_entry(await self._entries.get(request.id)))
+
+    async def list(self, request: pb.ListEntriesRequest, _call: Call) -> pb.ListEntriesResponse:
+        """Return a page of entries."""
+        page = await self._entries.page(
+            convert.from_entry_filter(request),
+            convert.from_page_token(request.page_token),
+            convert.from_page_size(request.page_size),
+        )
+        return pb.ListEntriesResponse(
+            entries=[convert.to_entry(entry) for entry in page.items],
+            next_page_token=convert.to_page_token(page.next_key),
+        )
+
+    async def watch(
+        self, _request: pb.WatchEntriesRequest, call: Call
+    ) -> AsyncIterator[pb.WatchEntriesResponse]:
+        """Send every entry, then every change."""
+        with subscription(self._directory.listen, call.stopping) as watcher:
+            seq = self._directory.seq
+            entries = list(self._directory.entries())
+            for at in range(0, len(entries), _CHUNK):
+                yield pb.WatchEntriesResponse(
+                    revision=seq,
+                    changed=[convert.to_entry(entry) for entry in entries[at : at + _CHUNK]],
+                )
+            yield pb.WatchEntriesResponse(revision=seq, synced=True)
+            async for update in watcher.items():
+                if update.changed_entries or update.deleted_entry_ids:
+                    yield _changed(update)
+
+    async def list_authorized(
+        self, _request: pb.ListAuthorizedRequest, call: Call
+    ) -> pb.ListAuthorizedResponse:
+        """Return the entries the calling node may ask SVIDs for."""
+        entries = self._authorize.entries(calling_node(call))
+        return pb.ListAuthorizedResponse(
+            entries=[convert.to_entry(entry) for entry in entries], revision=self._directory.seq
+        )
+
+    async def explain(self, request: pb.ExplainRequest, _call: Call) -> pb.ExplainResponse:
+        """Say why entries would or would not be issued to a node."""
+        node_id = convert.from_spiffe_id(request.node_id, "node_id")
+        if bool(request.entry_id) == bool(request.spiffe_id):
+            raise MalformedRequest("name either entry_id or spiffe_id")
+        if request.entry_id:
+            entry = self._directory.entry(request.entry_id)
+            entries = [entry] if entry else []
+        else:
+            wanted = convert.from_spiffe_id(request.spiffe_id, "spiffe_id")
+            entries = [item for item in self._directory.entries() if item.spiffe_id == wanted]
+        if not entries:
+            raise EntryNotFound(
+                f'no registration entry is for "{request.entry_id or request.spiffe_id}"'
+            )
+        node = self._directory.node(node_id)
+        response = pb.ExplainResponse()
+        for entry in sorted(entries, key=lambda item: item.id):
+            checks = self._authorize.explain(entry, node, node_id)
+            response.explanations.add(
+                entry=convert.to_entry(entry),
+                authorized=all(check.held for check in checks),
+                checks=[convert.to_check(check) for check in checks],
+            )
+        return response
+
+
+def _parsed(parse: Callable[[], RegistrationEntry]) -> RegistrationEntry | BrokerError:
+    try:
+        return parse()
+    except BrokerError as error:
+        return error
+
+
+def _result(result: RegistrationEntry | BrokerError) -> pb.EntryResult:
+    if not isinstance(result, BrokerError):
+        return pb.EntryResult(status=_OK, entry=convert.to_entry(result))
+    stored = getattr(result, "entry", None) if isinstance(result, EntryExists) else None
+    message = pb.EntryResult(status=item_status(result))
+    if isinstance(stored, RegistrationEntry):
+        message.entry.CopyFrom(convert.to_entry(stored))
+    return message
+
+
+def _changed(update: Update) -> pb.WatchEntriesResponse:
+    return pb.WatchEntriesResponse(
+        revision=update.seq,
+        changed=[convert.to_entry(entry) for entry in update.changed_entries],
+        deleted_ids=update.deleted_entry_ids,
+        synced=True,
+    )

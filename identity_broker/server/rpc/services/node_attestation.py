@@ -1,0 +1,87 @@
+"""NodeAttestation: how a machine becomes a node, and stays one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+from identity_api.broker.v1 import node_attestation_pb2 as pb
+
+from identity_broker.errors import ChallengeFailed, MalformedRequest
+from identity_broker.lifecycle.attest import Admission, Attest
+from identity_broker.lifecycle.rotate import RotateNode
+from identity_broker.server.rpc import convert
+from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.pipeline import ServiceFunction
+from identity_broker.signing import Signing
+
+
+class NodeAttestationService:
+    """Attestation on the bootstrap listener, renewal on the mTLS one."""
+
+    def __init__(self, attest: Attest, rotate: RotateNode, signing: Signing) -> None:
+        self._attest = attest
+        self._rotate = rotate
+        self._signing = signing
+
+    def functions(self) -> Mapping[str, ServiceFunction]:
+        """Full method name to service function."""
+        service = "/identity_api.broker.v1.NodeAttestation/"
+        return {f"{service}Attest": self.attest, f"{service}Renew": self.renew}
+
+    async def attest(
+        self, requests: AsyncIterator[pb.AttestRequest], call: Call
+    ) -> AsyncIterator[pb.AttestResponse]:
+        """Drive the attestor: challenges out, answers in, the SVID last."""
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("step") != "begin":
+            raise MalformedRequest("the first message must be begin")
+        begin = first.begin
+        # The attestor runs beside this generator; a queue of one carries its challenges here.
+        challenges: asyncio.Queue[bytes] = asyncio.Queue(1)
+        answers: asyncio.Queue[bytes] = asyncio.Queue(1)
+
+        async def challenge(question: bytes) -> bytes:
+            await challenges.put(question)
+            return await answers.get()
+
+        admission: asyncio.Task[Admission] = asyncio.create_task(
+            self._attest.node(
+                begin.attestor,
+                begin.payload,
+                begin.csr,
+                challenge,
+                call.caller,
+                call.correlation_id,
+            )
+        )
+        try:
+            while True:
+                asked = asyncio.create_task(challenges.get())
+                await asyncio.wait({asked, admission}, return_when=asyncio.FIRST_COMPLETED)
+                if not asked.done():
+                    asked.cancel()
+                    break
+                yield pb.AttestResponse(challenge=asked.result())
+                answer = await anext(requests, None)
+                if answer is None or answer.WhichOneof("step") != "challenge_response":
+                    raise ChallengeFailed(detail="the node did not answer the challenge")
+                await answers.put(answer.challenge_response)
+            yield self._result(await admission)
+        finally:
+            if not admission.done():
+                admission.cancel()
+
+    async def renew(self, request: pb.RenewRequest, call: Call) -> pb.RenewResponse:
+        """Issue the calling node its next SVID."""
+        credential = await self._rotate.renew(call.caller, request.csr, call.correlation_id)
+        return pb.RenewResponse(svid=convert.to_x509_svid(credential))
+
+    def _result(self, admission: Admission) -> pb.AttestResponse:
+        return pb.AttestResponse(
+            result=pb.AttestResponse.Result(
+                svid=convert.to_x509_svid(admission.credential),
+                bundle=convert.to_bundle(self._signing.bundle),
+                reattestable=admission.node.reattestable,
+            )
+        )
