@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 pytest_plugins: list[str] = [
     # "support.<component>",
+    "support.openbao",
 ]
 
 # No deadline: this machine may be busy, and a slow example is not a wrong one.

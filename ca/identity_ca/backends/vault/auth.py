@@ -198,7 +198,7 @@ class AppRoleAuth:
             raise _compromised(f"it was not made by AppRole but by {made_by[:100]!r}")
         try:
             # Never repeated: after a broken connection a second try would look like a theft.
-            answer = ask("POST", "sys/wrapping/unwrap", {"token": wrapping}, None, repeat=False)
+            answer = ask("POST", "sys/wrapping/unwrap", {}, wrapping, repeat=False)
         except VaultRefused as exc:
             raise _compromised("it was unwrapped by somebody else just now") from exc
         secret_id = (answer.get("data") or {}).get("secret_id")
