@@ -17,7 +17,6 @@ from identity_api.broker.v1 import (
     node_pb2,
     types_pb2,
 )
-
 from identity_client.admin import values
 from identity_client.errors import ProtocolViolation
 

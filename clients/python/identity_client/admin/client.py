@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
+
 from identity_api.broker.v1 import (
     authority_pb2,
     authority_pb2_grpc,
@@ -26,7 +27,6 @@ from identity_api.broker.v1 import (
     node_pb2,
     node_pb2_grpc,
 )
-
 from identity_client._wire.status import error_from_item
 from identity_client.admin import _convert as convert
 from identity_client.admin._calls import BATCH_SIZE, PAGE_SIZE, call, pages

@@ -1,0 +1,52 @@
+"""Failures that belong to the command line itself."""
+
+from __future__ import annotations
+
+from identity_broker.errors import BrokerError, Kind
+
+
+class UsageRefused(BrokerError):
+    """The command cannot be carried out as it was written."""
+
+    kind = Kind.INVALID
+    reason = "USAGE"
+    sentence = "the command cannot be carried out as written"
+
+
+class NoBrokerNamed(BrokerError):
+    """Nothing says which broker is meant."""
+
+    kind = Kind.INVALID
+    reason = "NO_BROKER_NAMED"
+    sentence = "no broker was named, and none runs in ./.dev"
+    default_hint = "name one with --dir DIR or --socket PATH, or start one: idb dev"
+
+
+class FileUnusable(BrokerError):
+    """A file named on the command line cannot be read, written or understood."""
+
+    kind = Kind.INVALID
+    reason = "FILE_UNREADABLE"
+    sentence = "a file cannot be used"
+
+
+class FileMalformed(FileUnusable):
+    """A file was read and does not hold what it should."""
+
+    reason = "FILE_MALFORMED"
+
+
+class VerdictNegative(BrokerError):
+    """A check the command was asked to make came out negative; the answer is on stdout."""
+
+    kind = Kind.DENIED
+    reason = "CHECK_FAILED"
+    sentence = "the check came out negative"
+
+
+class NotReady(BrokerError):
+    """`idb doctor` found something that keeps the broker from working."""
+
+    kind = Kind.UNAVAILABLE
+    reason = "DOCTOR_FOUND_FAILURES"
+    sentence = "something keeps the broker from working"

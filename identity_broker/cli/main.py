@@ -1,0 +1,103 @@
+"""The entry point: `idb`, also installed as `identity-broker`.
+
+- Nothing heavy is imported here: `idb --help` answers at once.
+- Every failure leaves through `failure.failure_of`: one shape, one table of exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from identity_broker.cli.exit_codes import ExitCode
+from identity_broker.cli.failure import failure_of
+from identity_broker.cli.options import Invocation
+from identity_broker.cli.output import OutputFormat
+from identity_broker.cli.tree import LazyCommand, LazyGroup
+
+SECTIONS = {
+    "Run a broker": {
+        "dev": LazyCommand("dev", "dev", "Run OpenBao and a broker on this machine."),
+        "demo": LazyCommand("demo", "demo", "Watch two services leave their shared API key."),
+        "server": LazyCommand("server", "server", "Run a broker from a configuration file."),
+        "config": LazyCommand("config", "config", "Check and show a configuration."),
+        "doctor": LazyCommand("doctor", "doctor", "Say what is wrong and what to do about it."),
+    },
+    "Decide who becomes what": {
+        "token": LazyCommand("token", "token", "Make the tokens that nodes join with."),
+        "node": LazyCommand("node", "node", "See, ban and evict attested nodes."),
+        "entry": LazyCommand("entry", "entry", "Register who may become which identity."),
+        "explain": LazyCommand(
+            "explain", "explain", "Say why a node would or would not get an identity."
+        ),
+    },
+    "Identities": {
+        "svid": LazyCommand("svid", "svid", "Fetch, show and verify SVIDs."),
+        "credential": LazyCommand("credential", "credential", "See the ledger and revoke."),
+        "authority": LazyCommand("authority", "authority", "See the signing authorities."),
+        "bundle": LazyCommand("bundle", "bundle", "Show what the trust domain verifies with."),
+    },
+    "Shell": {
+        "completion": LazyCommand("completion", "completion", "Print a shell completion script."),
+        "version": LazyCommand("version", "version", "Print the version."),
+    },
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    sections=SECTIONS,
+    name="idb",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+def cli() -> None:
+    """Identity Broker: attest workloads, issue short-lived SPIFFE identities, revoke any of them.
+
+    stdout is data, stderr is talk. Start with: idb demo
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `idb` and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `idb` with `arguments`; return the exit code."""
+    invocation = Invocation()
+    try:
+        code = cli.main(
+            args=list(arguments), prog_name="idb", standalone_mode=False, obj=invocation
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.BROKEN_PIPE
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show(sys.stderr)
+        return ExitCode.USAGE
+    except Exception as error:  # noqa: BLE001 - this is where every failure is told
+        failure = failure_of(error)
+        failure.tell(as_json=_wants_json(invocation, arguments))
+        return failure.code
+    return code if isinstance(code, int) else ExitCode.OK
+
+
+def _wants_json(invocation: Invocation, arguments: Sequence[str]) -> bool:
+    """Whether errors are JSON; a command line that did not parse is searched for -o json."""
+    if invocation.output is OutputFormat.JSON:
+        return True
+    words = " ".join(arguments)
+    return any(f in f" {words} " for f in (" -o json ", " -ojson ", " --output json ", "=json "))
+
+
+if __name__ == "__main__":
+    main()

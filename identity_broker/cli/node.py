@@ -1,0 +1,106 @@
+"""`idb node`: attested nodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from identity_broker.cli.connect import Session
+from identity_broker.cli.options import Invocation, pass_invocation
+from identity_broker.cli.output import Row, Style, Text, distance, emit, facts, moment, say, table
+from identity_broker.cli.tree import IdbGroup
+from identity_broker.domain.clock import SystemClock
+
+if TYPE_CHECKING:
+    from identity_client.admin import Node
+
+_NODE_HELP = "NODE is a SPIFFE ID, ATTESTOR/NAME, or the NAME of a join token."
+
+
+@click.group(cls=IdbGroup)
+def node() -> None:
+    """See, ban and evict attested nodes."""
+
+
+@node.command("list", connects=True)
+@click.option("--attestor", default="", help="Those of one attestor: join_token, x509_pop.")
+@click.option("--banned/--not-banned", default=None, help="Those that are banned, or are not.")
+@pass_invocation
+def list_nodes(invocation: Invocation, attestor: str, banned: bool | None) -> None:
+    """List attested nodes."""
+    with Session.open(invocation) as session:
+        nodes = list(session.admin.nodes.list(attestor=attestor, banned=banned))
+    now = SystemClock().now()
+
+    def render() -> str:
+        rows: list[Row] = [
+            [one.spiffe_id, one.attestor, _state(one), distance(one.expires_at, now), one.serial]
+            for one in nodes
+        ]
+        columns = ["node", "attestor", "state", "expires", "serial"]
+        return table(columns, rows, empty="no node is attested; idb token generate lets one join")
+
+    emit(invocation.output, {"nodes": nodes}, render)
+
+
+@node.command(connects=True, epilog=_NODE_HELP)
+@click.argument("node_id", metavar="NODE")
+@pass_invocation
+def show(invocation: Invocation, node_id: str) -> None:
+    """Show one node."""
+    with Session.open(invocation) as session:
+        found = session.admin.nodes.get(session.node_id(node_id))
+    emit(invocation.output, found, lambda: _facts(found))
+
+
+@node.command(connects=True, epilog=_NODE_HELP)
+@click.argument("node_id", metavar="NODE")
+@click.option("--reason", default="", metavar="TEXT", help="Why, for the record.")
+@pass_invocation
+def ban(invocation: Invocation, node_id: str, reason: str) -> None:
+    """Refuse a node from now on, on open connections too.
+
+    Its own SVIDs are revoked. It stays banned until it is evicted.
+    """
+    with Session.open(invocation) as session:
+        found, revoked = session.admin.nodes.ban(session.node_id(node_id), reason=reason)
+    say(f"banned; {_count(revoked)} revoked")
+    emit(invocation.output, {"node": found, "revoked": revoked}, lambda: _facts(found))
+
+
+@node.command(connects=True, epilog=_NODE_HELP)
+@click.argument("node_id", metavar="NODE")
+@pass_invocation
+def evict(invocation: Invocation, node_id: str) -> None:
+    """Forget a node: its SVIDs are revoked, and it may attest again."""
+    with Session.open(invocation) as session:
+        whole = session.node_id(node_id)
+        revoked = session.admin.nodes.evict(whole)
+    say(f"evicted; {_count(revoked)} revoked")
+    emit(invocation.output, {"node_id": whole, "revoked": revoked}, lambda: whole)
+
+
+def _count(revoked: int) -> str:
+    return f"{revoked} credential{'' if revoked == 1 else 's'}"
+
+
+def _state(one: Node) -> Text:
+    return Text("banned", Style.BAD) if one.banned else Text("attested", Style.GOOD)
+
+
+def _facts(one: Node) -> str:
+    now = SystemClock().now()
+    return facts(
+        [
+            ("node", one.spiffe_id),
+            ("state", _state(one)),
+            *([("ban reason", one.ban_reason)] if one.ban_reason else []),
+            ("attestor", one.attestor),
+            ("selectors", "\n".join(one.selectors) or "-"),
+            ("attested", moment(one.attested_at, now=now)),
+            ("serial", one.serial),
+            ("expires", moment(one.expires_at, now=now)),
+            ("may attest again", "yes" if one.reattestable else "no"),
+        ]
+    )
