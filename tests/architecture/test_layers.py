@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from support import repository
 
 
@@ -50,8 +51,8 @@ def test_the_contracts_refuse_an_offence(tmp_path: Path, offence: tuple[str, str
                 copy.write_text("")
         for init in {p.parent for p in (tmp_path / name).rglob("*.py")}:
             (init / "__init__.py").touch()
-    path, line = offence
-    (tmp_path / "identity_broker" / path).write_text(f"{line}\n")
+    offender, line = offence
+    (tmp_path / "identity_broker" / offender).write_text(f"{line}\n")
     config = tmp_path / "pyproject.toml"
     whole = (repository.ROOT / "pyproject.toml").read_text()
     config.write_text(whole[whole.index("[tool.importlinter]") :])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from google.protobuf.descriptor_pb2 import (
@@ -17,6 +16,7 @@ from google.protobuf.descriptor_pb2 import (
     FileDescriptorSet,
     ServiceDescriptorProto,
 )
+
 from identity_broker import errors
 from support import repository
 
@@ -113,7 +113,7 @@ def test_the_distribution_asks_for_what_its_stubs_ask_for() -> None:
 def test_package_folder_and_import_path_are_the_same(described: list[FileDescriptorProto]) -> None:
     assert described
     for file in described:
-        assert file.package == os.path.dirname(file.name).replace("/", ".")
+        assert file.package == ".".join(PurePosixPath(file.name).parent.parts)
 
 
 def test_every_rpc_says_who_whether_again_and_which_reasons(
