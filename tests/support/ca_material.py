@@ -30,9 +30,13 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, 400_000, tzinfo=UTC)
 DAY = timedelta(days=1)
 
 
-@cache
 def signing_key(algorithm: KeyAlgorithm = KeyAlgorithm.EC_P256, nth: int = 0) -> LocalSigningKey:
     """The same key for the same arguments: making RSA keys is slow."""
+    return _signing_key(algorithm, nth)
+
+
+@cache
+def _signing_key(algorithm: KeyAlgorithm, nth: int) -> LocalSigningKey:
     return LocalSigningKey(f"memory:{algorithm.value}-{nth}@1", generate_private_key(algorithm))
 
 
@@ -61,11 +65,18 @@ def jwt_bundle(*keys: tuple[str, LocalSigningKey]) -> TrustBundle:
     )
 
 
-@cache
 def root_certificate(
     algorithm: KeyAlgorithm = KeyAlgorithm.EC_P256,
     nth: int = 0,
     path_length: int | None = 1,
+) -> x509.Certificate:
+    """The same root for the same arguments, of `signing_key(algorithm, nth)`."""
+    return _root_certificate(algorithm, nth, path_length)
+
+
+@cache
+def _root_certificate(
+    algorithm: KeyAlgorithm, nth: int, path_length: int | None
 ) -> x509.Certificate:
     return build_root(
         signing_key(algorithm, nth),
