@@ -11,6 +11,7 @@
     ├── AuthenticationError   Unauthenticated AttestationFailed JoinTokenRejected ChallengeFailed
     ├── AuthorizationError    MethodDenied EntryNotAuthorized NodeBanned NodeUnknown CredentialRevoked
     ├── NotFoundError         EntryNotFound NodeNotFound CredentialNotFound AuthorityNotFound
+    │                         ServiceNotFound
     ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite
     ├── ExhaustedError        RateLimited WatchLagged
     ├── DependencyError       StoreUnavailable SigningBackendUnavailable AuthorityUnavailable
@@ -281,6 +282,14 @@ class AuthorityNotFound(NotFoundError):
     reason = "AUTHORITY_NOT_FOUND"
     sentence = "no authority has that id"
     default_hint = "idb authority list"
+
+
+class ServiceNotFound(NotFoundError):
+    """A health check names a service that is not served here (grpc.health.v1, `Check`)."""
+
+    reason = "SERVICE_NOT_FOUND"
+    sentence = "this broker serves no service of that name"
+    default_hint = "ask for the empty name: the broker as a whole"
 
 
 # --- it clashes with what is there ----------------------------------------------------------------

@@ -91,7 +91,7 @@ Retention = Annotated[timedelta, _reads, AfterValidator(_Bounds("0s", "3650d")),
 
 
 def bounds_of(metadata: object) -> str:
-    """ "between 1s and 24h" where the field has bounds, else ""."""
+    """The range a field's duration must lie in, in words; empty where there is none."""
     if isinstance(metadata, AfterValidator) and isinstance(metadata.func, _Bounds):
         return str(metadata.func)
     return ""

@@ -15,9 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from identity_ca.errors import SpiffeIdError
-from identity_ca.keys import KeyAlgorithm
-from identity_ca.spiffe_id import TrustDomain
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -34,10 +31,13 @@ from identity_broker.config.duration import (
     Retention,
     Seconds,
     ShortLife,
-    Sweep,
     SvidLife,
+    Sweep,
     parse_duration,
 )
+from identity_ca.errors import SpiffeIdError
+from identity_ca.keys import KeyAlgorithm
+from identity_ca.spiffe_id import TrustDomain
 
 DEFAULT_DATA_DIR: Final = Path("/var/lib/identity-broker")
 MASK: Final = "********"

@@ -23,6 +23,14 @@ class CallerClass(StrEnum):
     LOCAL = "local"  # root or the broker's own user on the admin socket
 
 
+class ListenerKind(StrEnum):
+    """Where a call came in: decides what the broker can know of the peer."""
+
+    BOOTSTRAP = "bootstrap"  # TLS, no client certificate: nothing
+    MTLS = "mtls"  # TLS with a client certificate: a PeerCertificate
+    LOCAL = "local"  # the admin socket: a LocalPeer
+
+
 @dataclass(frozen=True, slots=True)
 class PeerCertificate:
     """What the TLS handshake showed of the peer, parsed once per certificate."""

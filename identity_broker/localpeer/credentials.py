@@ -1,0 +1,64 @@
+"""The process at the other end of a Unix socket, as the kernel saw it when it connected.
+
+- SO_PEERCRED is fixed at connect(2): a later exec or setuid of the peer does not change it.
+- A pid alone can be reused; where the kernel offers SO_PEERPIDFD (Linux 6.5), the pidfd taken
+  with it says whether that very process is still alive.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from identity_broker.domain.caller import LocalPeer
+
+_UCRED: Final = struct.Struct("3i")
+_SO_PEERPIDFD: Final = 77
+_NO_PIDFD: Final = frozenset({errno.ENOPROTOOPT, errno.ENODATA, errno.EINVAL, errno.ESRCH})
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectedProcess:
+    """A peer and, where the kernel gives one, its pidfd (owned: `close` it)."""
+
+    peer: LocalPeer
+    pidfd: int | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs; True where the kernel gives no pidfd."""
+        if self.pidfd is None:
+            return True
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Give the pidfd back. Once."""
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+
+
+def process_of(connection: socket.socket) -> ConnectedProcess:
+    """Who connected.
+
+    Raises:
+        OSError: the connection is gone.
+    """
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(raw)
+    return ConnectedProcess(LocalPeer(pid, uid, gid), _pidfd_of(connection))
+
+
+def _pidfd_of(connection: socket.socket) -> int | None:
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as exc:
+        if exc.errno in _NO_PIDFD:
+            return None
+        raise

@@ -1,0 +1,74 @@
+"""The client certificate of a connection, parsed once for each distinct certificate.
+
+- gRPC has verified the chain against the bundle when the connection was made; nothing here
+  verifies signatures. Expiry, ban and revocation are the authenticator's, on every call.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from datetime import UTC
+from typing import Final
+
+from cryptography import x509
+
+from identity_broker.domain.caller import PeerCertificate
+from identity_broker.errors import Unauthenticated
+from identity_ca.errors import SpiffeIdError
+from identity_ca.serial import serial_hex
+from identity_ca.spiffe_id import SpiffeId
+
+MAX_PARSED: Final = 4096
+
+
+class PeerCertificates:
+    """PEM → PeerCertificate, remembering the last `capacity` of them."""
+
+    def __init__(self, capacity: int = MAX_PARSED) -> None:
+        self._parsed: OrderedDict[bytes, PeerCertificate] = OrderedDict()
+        self._capacity = capacity
+
+    def of(self, pem: bytes) -> PeerCertificate:
+        """What the certificate says of the peer.
+
+        Raises:
+            Unauthenticated: it is no X.509-SVID: not exactly one URI, or none that is a SPIFFE
+                ID with a path (SPIFFE X509-SVID sections 2 and 5.2).
+        """
+        found = self._parsed.get(pem)
+        if found is not None:
+            self._parsed.move_to_end(pem)
+            return found
+        found = parse_peer_certificate(pem)
+        self._parsed[pem] = found
+        if len(self._parsed) > self._capacity:
+            self._parsed.popitem(last=False)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._parsed)
+
+
+def parse_peer_certificate(pem: bytes) -> PeerCertificate:
+    """Read a leaf certificate; see `PeerCertificates.of`."""
+    try:
+        leaf = x509.load_pem_x509_certificate(pem)
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+        serial = leaf.serial_number
+        not_after = leaf.not_valid_after_utc.astimezone(UTC)
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as exc:
+        raise Unauthenticated(
+            "the client certificate is not an X.509-SVID", detail=str(exc)
+        ) from exc
+    if len(uris) != 1:
+        raise Unauthenticated("the client certificate must have exactly one URI name")
+    try:
+        spiffe_id = SpiffeId.parse(uris[0])
+    except SpiffeIdError as exc:
+        raise Unauthenticated(
+            "the client certificate's URI name is not a SPIFFE ID", detail=str(exc)
+        ) from exc
+    if not spiffe_id.path:
+        raise Unauthenticated("the client certificate names a trust domain and no workload")
+    return PeerCertificate(spiffe_id, serial_hex(serial), not_after)

@@ -1,0 +1,117 @@
+"""Every metric of the broker, declared once.
+
+- Labels have closed sets of values and are always present: a method, a reason, a dependency.
+  Never a SPIFFE ID, an address or anything else a stranger can choose.
+- A registry of its own, so that two brokers in one process do not share numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+_RPC_SECONDS: Final = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_SIGNING_SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 5.0)
+_BATCH: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Metrics:
+    """The broker's metrics; attributes are named like the metric without its `idb_` prefix."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        self.build = Info("idb_build", "Version of the broker", registry=registry)
+        # calls
+        self.rpc_total = Counter(
+            "idb_rpc_total",
+            "Calls that ended, by method and reason",
+            ("method", "reason"),
+            registry=registry,
+        )
+        self.rpc_seconds = Histogram(
+            "idb_rpc_seconds",
+            "Time a unary call took",
+            ("method",),
+            buckets=_RPC_SECONDS,
+            registry=registry,
+        )
+        self.streams_open = Gauge(
+            "idb_streams_open", "Streams being served", ("method",), registry=registry
+        )
+        self.local_connections = Gauge(
+            "idb_local_connections", "Connections on the admin socket", registry=registry
+        )
+        # credentials
+        self.issued_total = Counter(
+            "idb_issued_total", "Credentials issued", ("kind",), registry=registry
+        )
+        self.refused_total = Counter(
+            "idb_refused_total",
+            "Items of a batch that were refused, by kind and reason",
+            ("kind", "reason"),
+            registry=registry,
+        )
+        self.revoked_total = Counter(
+            "idb_revoked_total", "Credentials revoked", ("kind",), registry=registry
+        )
+        self.unconfirmed_total = Counter(
+            "idb_unconfirmed_total", "Intents whose outcome never came", registry=registry
+        )
+        self.attested_total = Counter(
+            "idb_attested_total",
+            "Nodes attested or refused, by attestor and reason",
+            ("attestor", "reason"),
+            registry=registry,
+        )
+        # the parts
+        self.ledger_pending = Gauge(
+            "idb_ledger_pending", "Ledger rows waiting for a commit", registry=registry
+        )
+        self.ledger_commit_seconds = Histogram(
+            "idb_ledger_commit_seconds",
+            "Time a group commit took",
+            buckets=_SIGNING_SECONDS,
+            registry=registry,
+        )
+        self.ledger_commit_rows = Histogram(
+            "idb_ledger_commit_rows", "Rows of a group commit", buckets=_BATCH, registry=registry
+        )
+        self.directory_entries = Gauge(
+            "idb_directory_entries", "Registration entries in memory", registry=registry
+        )
+        self.directory_nodes = Gauge("idb_directory_nodes", "Nodes in memory", registry=registry)
+        self.directory_sequence = Gauge(
+            "idb_directory_sequence", "Change feed position the memory reflects", registry=registry
+        )
+        self.signing_seconds = Histogram(
+            "idb_signing_seconds",
+            "Time to sign, a batch counting once",
+            ("kind",),
+            buckets=_SIGNING_SECONDS,
+            registry=registry,
+        )
+        self.authority_expires = Gauge(
+            "idb_authority_expires_timestamp_seconds",
+            "When the active authority expires",
+            ("kind",),
+            registry=registry,
+        )
+        self.job_total = Counter(
+            "idb_job_total", "Runs of a background job", ("job", "reason"), registry=registry
+        )
+        self.dependency_up = Gauge(
+            "idb_dependency_up", "1 when the dependency answered last", ("name",), registry=registry
+        )
+
+    def render(self) -> bytes:
+        """The Prometheus text of all metrics."""
+        return generate_latest(self.registry)
