@@ -1,0 +1,1 @@
+"""Alembic migrations, run by `store.schema`. Additive first: code must run before and after."""

@@ -1,0 +1,47 @@
+"""Small repositories over one transaction: domain values in, domain values out.
+
+- A `Repositories` lives as long as its transaction and is used by one thread.
+- Changes that others must learn of append their own outbox rows.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import Connection
+
+from identity_broker.store.repositories.audit import AuditRepository
+from identity_broker.store.repositories.authorities import AuthorityRepository
+from identity_broker.store.repositories.credentials import CredentialRepository
+from identity_broker.store.repositories.entries import EntryRepository
+from identity_broker.store.repositories.join_tokens import JoinTokenRepository
+from identity_broker.store.repositories.nodes import NodeRepository
+from identity_broker.store.repositories.outbox import OutboxRepository
+from identity_broker.store.repositories.retention import RetentionRepository
+
+
+class Repositories:
+    """Everything one transaction can do."""
+
+    def __init__(self, connection: Connection, now: datetime) -> None:
+        self.outbox = OutboxRepository(connection)
+        self.entries = EntryRepository(connection, self.outbox, now)
+        self.nodes = NodeRepository(connection, self.outbox)
+        self.join_tokens = JoinTokenRepository(connection)
+        self.credentials = CredentialRepository(connection, self.outbox)
+        self.authorities = AuthorityRepository(connection, self.outbox)
+        self.audit = AuditRepository(connection)
+        self.retention = RetentionRepository(connection)
+
+
+__all__ = [
+    "AuditRepository",
+    "AuthorityRepository",
+    "CredentialRepository",
+    "EntryRepository",
+    "JoinTokenRepository",
+    "NodeRepository",
+    "OutboxRepository",
+    "Repositories",
+    "RetentionRepository",
+]

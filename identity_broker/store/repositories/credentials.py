@@ -1,0 +1,209 @@
+"""The ledger, read and revoked. Its rows are made by `store.ledger`.
+
+- Every transition names the states it may start from in its WHERE clause, so of two that race one
+  wins and the ledger says which: what is revoked stays revoked.
+- Revoking is set-based: one statement however many credentials are meant.
+- Nothing is ever removed here; `retention` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, false, func, or_, select, text, update
+
+from identity_broker.domain.credential import (
+    Credential,
+    CredentialState,
+    Revocation,
+    RevocationReason,
+    RevocationResult,
+)
+from identity_broker.domain.events import Topic
+from identity_broker.domain.paging import CredentialFilter, Page
+from identity_broker.errors import CredentialNotFound, PageTokenInvalid
+from identity_broker.store.mapping import (
+    REVOCATION_COLUMNS,
+    credential_from_row,
+    revocation_from_row,
+    to_micros,
+)
+from identity_broker.store.repositories.outbox import OutboxRepository
+from identity_broker.store.tables import DEAD, EXPIRABLE, LIVE, UNANSWERED, credentials
+from identity_ca.spiffe_id import SpiffeId
+
+_CHUNK = 500
+_MAX_SEQ = 2**63 - 1
+
+
+class CredentialRepository:
+    """Reads, revokes and ages the ledger."""
+
+    def __init__(self, connection: Connection, outbox: OutboxRepository) -> None:
+        self._connection = connection
+        self._outbox = outbox
+
+    def get(self, credential_id: str) -> Credential:
+        """The credential with that serial or jti.
+
+        Raises:
+            CredentialNotFound: the ledger has none.
+        """
+        query = select(credentials).where(credentials.c.id == credential_id)
+        row = self._connection.execute(query).one_or_none()
+        if row is None:
+            raise CredentialNotFound(f'the ledger has no credential "{credential_id[:64]}"')
+        return credential_from_row(row)
+
+    def page(self, wanted: CredentialFilter, before: str, size: int) -> Page[Credential]:
+        """A page, newest first, beginning behind the key `before` (empty: at the newest).
+
+        Raises:
+            PageTokenInvalid: `before` is not a key of a page.
+        """
+        query = select(credentials).order_by(credentials.c.seq.desc()).limit(size + 1)
+        if before:
+            query = query.where(credentials.c.seq < _seq(before))
+        if wanted.spiffe_id is not None:
+            query = query.where(credentials.c.spiffe_id == str(wanted.spiffe_id))
+        if wanted.node_id is not None:
+            query = query.where(credentials.c.node_id == str(wanted.node_id))
+        if wanted.entry_id:
+            query = query.where(credentials.c.entry_id == wanted.entry_id)
+        if wanted.states:
+            query = query.where(credentials.c.state.in_([s.value for s in wanted.states]))
+        if wanted.kind is not None:
+            query = query.where(credentials.c.kind == wanted.kind.value)
+        rows = list(self._connection.execute(query))
+        items = [credential_from_row(row) for row in rows[:size]]
+        return Page(items, str(rows[size - 1].seq) if len(rows) > size else "")
+
+    def revoke(
+        self,
+        *,
+        ids: Collection[str] = (),
+        spiffe_id: SpiffeId | None = None,
+        node_id: SpiffeId | None = None,
+        reason: RevocationReason,
+        comment: str,
+        now: datetime,
+    ) -> RevocationResult:
+        """Revoke what may still be valid among the credentials named; may be repeated.
+
+        Args:
+            ids: serials and jtis; unknown ones are passed over.
+            spiffe_id: all credentials of that identity.
+            node_id: all credentials issued to that node and through it.
+            reason: RFC 5280, section 5.3.1.
+            comment: the operator's words.
+            now: the time of revocation; what has expired by then is passed over.
+        """
+        moment = to_micros(now)
+        revoked: list[Revocation] = []
+        already = 0
+        for named in _named(ids, spiffe_id, node_id):
+            unexpired = [named, credentials.c.not_after > moment]
+            already += int(
+                self._connection.execute(
+                    select(func.count())
+                    .select_from(credentials)
+                    .where(*unexpired, credentials.c.state == CredentialState.REVOKED.value)
+                ).scalar_one()
+            )
+            rows = self._connection.execute(
+                update(credentials)
+                .where(*unexpired, text(LIVE))
+                .values(
+                    state=CredentialState.REVOKED.value,
+                    revoked_at=moment,
+                    reason=int(reason),
+                    comment=comment,
+                )
+                .returning(*REVOCATION_COLUMNS)
+            )
+            revoked.extend(revocation_from_row(row) for row in rows)
+        self._outbox.append_all(Topic.REVOCATION, [revocation.id for revocation in revoked])
+        return RevocationResult(tuple(revoked), already)
+
+    def revocations(self, ids: Collection[str]) -> list[Revocation]:
+        """The revocations among those serials and jtis, expired or not."""
+        return [
+            revocation_from_row(row)
+            for named in _named(ids, None, None)
+            for row in self._connection.execute(
+                select(*REVOCATION_COLUMNS).where(
+                    named, credentials.c.state == CredentialState.REVOKED.value
+                )
+            )
+        ]
+
+    def revoked_unexpired(self, now: datetime) -> list[Revocation]:
+        """What is revoked and has not expired by `now`."""
+        query = select(*REVOCATION_COLUMNS).where(
+            text(DEAD),
+            credentials.c.state == CredentialState.REVOKED.value,
+            credentials.c.not_after > to_micros(now),
+        )
+        return [revocation_from_row(row) for row in self._connection.execute(query)]
+
+    def valid_for(self, spiffe_id: SpiffeId, now: datetime) -> list[Credential]:
+        """What may be valid of that identity at `now`, newest first."""
+        query = (
+            select(credentials)
+            .where(
+                credentials.c.spiffe_id == str(spiffe_id),
+                credentials.c.not_after > to_micros(now),
+                text(LIVE),
+            )
+            .order_by(credentials.c.seq.desc())
+        )
+        return [credential_from_row(row) for row in self._connection.execute(query)]
+
+    def sweep_unconfirmed(self, older_than: datetime) -> int:
+        """Mark intents recorded before that and without an outcome UNCONFIRMED; return how many."""
+        return self._move(
+            CredentialState.UNCONFIRMED,
+            text(UNANSWERED),
+            credentials.c.recorded_at < to_micros(older_than),
+        )
+
+    def expire(self, now: datetime) -> int:
+        """Mark what is past its validity EXPIRED, but not what is revoked; return how many.
+
+        An intent without an outcome is swept first, then it can expire.
+        """
+        return self._move(
+            CredentialState.EXPIRED, text(EXPIRABLE), credentials.c.not_after <= to_micros(now)
+        )
+
+    def _move(self, state: CredentialState, *conditions: ColumnElement[bool] | Any) -> int:
+        moved = self._connection.execute(
+            update(credentials).where(*conditions).values(state=state.value)
+        )
+        return int(moved.rowcount)
+
+
+def _named(
+    ids: Collection[str], spiffe_id: SpiffeId | None, node_id: SpiffeId | None
+) -> list[ColumnElement[bool]]:
+    """Conditions that together select what is named: whole identities, ids in chunks."""
+    wholes: list[ColumnElement[bool]] = []
+    if spiffe_id is not None:
+        wholes.append(credentials.c.spiffe_id == str(spiffe_id))
+    if node_id is not None:
+        wholes.append(credentials.c.node_id == str(node_id))
+    named = [or_(false(), *wholes)] if wholes else []
+    wanted = sorted(set(ids))
+    named.extend(
+        credentials.c.id.in_(wanted[start : start + _CHUNK])
+        for start in range(0, len(wanted), _CHUNK)
+    )
+    return named
+
+
+def _seq(key: str) -> int:
+    if not (key.isascii() and key.isdigit()) or int(key) > _MAX_SEQ:
+        raise PageTokenInvalid
+    return int(key)

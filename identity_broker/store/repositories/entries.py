@@ -1,0 +1,260 @@
+"""Registration entries.
+
+- Every change appends its outbox row; the caller cannot forget it.
+- A refused change leaves the transaction usable: a batch goes on with its next item.
+- What may not be stored twice is looked for first, so that the refusal can name it; the
+  constraints of `tables` hold whatever happens in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, and_, delete, exists, insert, select, update
+
+from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.events import Topic
+from identity_broker.domain.paging import EntryFilter, Page
+from identity_broker.domain.selector import Selector
+from identity_broker.errors import (
+    EntryExists,
+    EntryInvalid,
+    EntryNotFound,
+    SpiffeIdCaseConflict,
+    StaleWrite,
+)
+from identity_broker.store import mapping
+from identity_broker.store.repositories.outbox import OutboxRepository
+from identity_broker.store.tables import entries, entry_selectors, spiffe_ids
+from identity_ca.spiffe_id import SpiffeId
+
+_CHUNK = 500
+_STREAM = 2_000
+
+
+class EntryRepository:
+    """Stores registration entries."""
+
+    def __init__(self, connection: Connection, outbox: OutboxRepository, now: datetime) -> None:
+        self._connection = connection
+        self._outbox = outbox
+        self._now = now
+
+    def create(self, entry: RegistrationEntry) -> RegistrationEntry:
+        """Store a new entry; return it with revision 1 and its times.
+
+        Raises:
+            EntryExists: the id, or SPIFFE ID, parent and selectors together, are stored already;
+                its field `entry` is the stored entry.
+            SpiffeIdCaseConflict: the SPIFFE ID is stored in another spelling.
+            EntryInvalid: another entry below that parent has the same hint.
+        """
+        entry = replace(
+            entry,
+            revision=1,
+            created_at=entry.created_at or self._now,
+            updated_at=entry.created_at or self._now,
+        )
+        stored = self._one(entries.c.id == entry.id)
+        if stored is not None:
+            raise _exists(stored, f'an entry with the id "{entry.id}" exists already')
+        self._refuse_duplicate(entry)
+        self._claim_spelling(entry.spiffe_id)
+        self._connection.execute(insert(entries).values(mapping.entry_values(entry)))
+        self._connection.execute(insert(entry_selectors), mapping.selector_values(entry))
+        self._outbox.append(Topic.ENTRY, entry.id)
+        return entry
+
+    def replace(
+        self, entry: RegistrationEntry, expected_revision: int | None = None
+    ) -> RegistrationEntry:
+        """Store another version of the entry with that id; return it with its new revision.
+
+        Args:
+            entry: its revision and times are ignored.
+            expected_revision: the revision the change was made on; None for whatever is there.
+
+        Raises:
+            EntryNotFound: there is no entry with that id.
+            StaleWrite: it has another revision than expected.
+            EntryExists, SpiffeIdCaseConflict, EntryInvalid: as for `create`.
+        """
+        stored = self.get(entry.id)
+        if expected_revision is not None and stored.revision != expected_revision:
+            raise StaleWrite(
+                f'the entry "{entry.id}" changed since it was read: it is at revision '
+                f"{stored.revision}, not {expected_revision}"
+            )
+        created_at = stored.created_at or self._now
+        entry = replace(
+            entry,
+            revision=stored.revision + 1,
+            created_at=created_at,
+            updated_at=max(self._now, stored.updated_at or created_at),
+        )
+        self._refuse_duplicate(entry)
+        if entry.spiffe_id != stored.spiffe_id:
+            self._claim_spelling(entry.spiffe_id)
+        self._connection.execute(
+            update(entries).where(entries.c.id == entry.id).values(mapping.entry_values(entry))
+        )
+        if entry.spiffe_id != stored.spiffe_id:
+            self._release_spelling(stored.spiffe_id)
+        if entry.selectors != stored.selectors:
+            self._connection.execute(
+                delete(entry_selectors).where(entry_selectors.c.entry_id == entry.id)
+            )
+            self._connection.execute(insert(entry_selectors), mapping.selector_values(entry))
+        self._outbox.append(Topic.ENTRY, entry.id)
+        return entry
+
+    def delete(self, entry_id: str) -> RegistrationEntry:
+        """Remove the entry; return what it was.
+
+        Raises:
+            EntryNotFound: there is no entry with that id.
+        """
+        stored = self.get(entry_id)
+        self._connection.execute(delete(entries).where(entries.c.id == entry_id))
+        self._release_spelling(stored.spiffe_id)
+        self._outbox.append(Topic.ENTRY, entry_id)
+        return stored
+
+    def get(self, entry_id: str) -> RegistrationEntry:
+        """The entry with that id.
+
+        Raises:
+            EntryNotFound: there is none.
+        """
+        stored = self._one(entries.c.id == entry_id)
+        if stored is None:
+            raise EntryNotFound(f'no registration entry has the id "{entry_id[:64]}"')
+        return stored
+
+    def get_many(self, entry_ids: Collection[str]) -> dict[str, RegistrationEntry]:
+        """The entries with those ids, by id; unknown ids are left out."""
+        found: dict[str, RegistrationEntry] = {}
+        wanted = sorted(set(entry_ids))
+        for start in range(0, len(wanted), _CHUNK):
+            chunk = wanted[start : start + _CHUNK]
+            query = select(entries).where(entries.c.id.in_(chunk))
+            found.update((entry.id, entry) for entry in self._load(query))
+        return found
+
+    def page(self, wanted: EntryFilter, after: str, size: int) -> Page[RegistrationEntry]:
+        """A page in the order of ids, beginning behind the id `after` (empty: at the first)."""
+        query = select(entries).where(entries.c.id > after)
+        if wanted.spiffe_id is not None:
+            query = query.where(entries.c.spiffe_id == str(wanted.spiffe_id))
+        if wanted.parent_id is not None:
+            query = query.where(entries.c.parent_id == str(wanted.parent_id))
+        if wanted.owner:
+            query = query.where(entries.c.owner == wanted.owner)
+        if wanted.hint:
+            query = query.where(entries.c.hint == wanted.hint)
+        for selector in wanted.selectors:
+            query = query.where(
+                exists().where(
+                    and_(
+                        entry_selectors.c.entry_id == entries.c.id,
+                        entry_selectors.c.type == selector.type,
+                        entry_selectors.c.value == selector.value,
+                    )
+                )
+            )
+        found = self._load(query.order_by(entries.c.id).limit(size + 1))
+        items = found[:size]
+        return Page(items, items[-1].id if len(found) > size else "")
+
+    def iterate(self) -> Iterator[RegistrationEntry]:
+        """Every entry in the order of ids; holds a few thousand rows at a time.
+
+        Two ordered streams, of entries and of selectors, are read side by side.
+        """
+        rows = self._stream(select(entries).order_by(entries.c.id))
+        selectors = self._stream(select(entry_selectors).order_by(entry_selectors.c.entry_id))
+        pending = next(selectors, None)
+        for row in rows:
+            own = []
+            while pending is not None and pending.entry_id == row.id:
+                own.append(mapping.selector_from(pending.type, pending.value))
+                pending = next(selectors, None)
+            yield mapping.entry_from_row(row, own)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def _stream(self, query: Select[Any]) -> Iterator[Any]:
+        options = {"stream_results": True, "yield_per": _STREAM}
+        return iter(self._connection.execute(query, execution_options=options))
+
+    def _one(self, condition: Any) -> RegistrationEntry | None:
+        found = self._load(select(entries).where(condition))
+        return found[0] if found else None
+
+    def _load(self, query: Select[Any]) -> list[RegistrationEntry]:
+        rows = list(self._connection.execute(query))
+        if not rows:
+            return []
+        selectors: dict[str, list[Selector]] = {row.id: [] for row in rows}
+        found = self._connection.execute(
+            select(entry_selectors).where(entry_selectors.c.entry_id.in_(list(selectors)))
+        )
+        for row in found:
+            selectors[row.entry_id].append(mapping.selector_from(row.type, row.value))
+        return [mapping.entry_from_row(row, selectors[row.id]) for row in rows]
+
+    # --- what may not be stored twice ---------------------------------------------------------
+
+    def _refuse_duplicate(self, entry: RegistrationEntry) -> None:
+        others = entries.c.id != entry.id
+        twin = self._one(and_(entries.c.identity_key == mapping.identity_key(entry), others))
+        if twin is not None:
+            raise _exists(
+                twin,
+                f'the entry "{twin.id}" has the same SPIFFE ID, parent and selectors already',
+            )
+        hint_key = mapping.hint_key(entry)
+        if hint_key is None:
+            return
+        namesake = self._one(and_(entries.c.hint_key == hint_key, others))
+        if namesake is not None:
+            raise EntryInvalid(
+                f'the entry "{namesake.id}" has the same parent and the same hint already',
+                hint="choose another hint: workloads tell their identities apart by it",
+                entry_id=namesake.id,
+            )
+
+    def _claim_spelling(self, spiffe_id: SpiffeId) -> None:
+        spelling = str(spiffe_id)
+        folded = spelling.lower()
+        stored = self._connection.execute(
+            select(spiffe_ids.c.spelling).where(spiffe_ids.c.folded == folded)
+        ).scalar()
+        if stored == spelling:
+            return
+        if stored is None:
+            self._connection.execute(insert(spiffe_ids).values(folded=folded, spelling=spelling))
+            return
+        raise SpiffeIdCaseConflict(
+            f'"{stored}" is registered already and differs from "{spelling}" by letter case alone'
+        )
+
+    def _release_spelling(self, spiffe_id: SpiffeId) -> None:
+        spelling = str(spiffe_id)
+        self._connection.execute(
+            delete(spiffe_ids).where(
+                spiffe_ids.c.spelling == spelling,
+                ~exists().where(entries.c.spiffe_id == spelling),
+            )
+        )
+
+
+def _exists(stored: RegistrationEntry, sentence: str) -> EntryExists:
+    return EntryExists(
+        sentence,
+        hint=f"idb entry show {stored.id} shows the stored one; idb entry update changes it",
+        entry=stored,
+    )

@@ -1,0 +1,78 @@
+"""Attested nodes. Every change appends its outbox row."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from identity_broker.domain.events import Topic
+from identity_broker.domain.node import Node
+from identity_broker.domain.paging import NodeFilter, Page
+from identity_broker.errors import NodeNotFound
+from identity_broker.store.mapping import node_from_row, node_values
+from identity_broker.store.repositories.outbox import OutboxRepository
+from identity_broker.store.tables import nodes
+from identity_ca.spiffe_id import SpiffeId
+
+
+class NodeRepository:
+    """Stores nodes."""
+
+    def __init__(self, connection: Connection, outbox: OutboxRepository) -> None:
+        self._connection = connection
+        self._outbox = outbox
+
+    def upsert(self, node: Node) -> None:
+        """Store the node as given, whether or not it was known."""
+        values = node_values(node)
+        changed = self._connection.execute(
+            update(nodes).where(nodes.c.spiffe_id == values["spiffe_id"]).values(values)
+        )
+        if not changed.rowcount:
+            self._connection.execute(insert(nodes).values(values))
+        self._outbox.append(Topic.NODE, values["spiffe_id"])
+
+    def find(self, node_id: SpiffeId) -> Node | None:
+        """The node with that SPIFFE ID, if it is known."""
+        query = select(nodes).where(nodes.c.spiffe_id == str(node_id))
+        row = self._connection.execute(query).one_or_none()
+        return None if row is None else node_from_row(row)
+
+    def get(self, node_id: SpiffeId) -> Node:
+        """The node with that SPIFFE ID.
+
+        Raises:
+            NodeNotFound: there is none.
+        """
+        node = self.find(node_id)
+        if node is None:
+            raise NodeNotFound(f'no node has the SPIFFE ID "{node_id}"')
+        return node
+
+    def delete(self, node_id: SpiffeId) -> Node:
+        """Remove the node; return what it was.
+
+        Raises:
+            NodeNotFound: there is none.
+        """
+        node = self.get(node_id)
+        self._connection.execute(delete(nodes).where(nodes.c.spiffe_id == str(node_id)))
+        self._outbox.append(Topic.NODE, str(node_id))
+        return node
+
+    def page(self, wanted: NodeFilter, after: str, size: int) -> Page[Node]:
+        """A page in the order of SPIFFE IDs, beginning behind `after` (empty: at the first)."""
+        query = select(nodes).where(nodes.c.spiffe_id > after)
+        if wanted.attestor:
+            query = query.where(nodes.c.attestor == wanted.attestor)
+        if wanted.banned is not None:
+            query = query.where(nodes.c.banned == wanted.banned)
+        rows = list(self._connection.execute(query.order_by(nodes.c.spiffe_id).limit(size + 1)))
+        items = [node_from_row(row) for row in rows[:size]]
+        return Page(items, str(items[-1].spiffe_id) if len(rows) > size else "")
+
+    def all(self) -> list[Node]:
+        """Every node."""
+        return [
+            node_from_row(row)
+            for row in self._connection.execute(select(nodes).order_by(nodes.c.spiffe_id))
+        ]

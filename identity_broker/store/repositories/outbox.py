@@ -1,0 +1,49 @@
+"""The outbox: what changed, in commit order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import Connection, func, insert, select
+
+from identity_broker.domain.events import Change, Topic
+from identity_broker.store.mapping import change_from_row
+from identity_broker.store.tables import outbox
+
+
+class OutboxRepository:
+    """Appends changes and reads them back.
+
+    Writes run one at a time (`database`), so a reader that has seen `seq` has seen all before it.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.appended = 0
+        """The last number appended in this transaction; 0 for none."""
+
+    def append(self, topic: Topic, key: str) -> int:
+        """Append a change; return its number."""
+        row = insert(outbox).values(topic=topic.value, key=key).returning(outbox.c.seq)
+        self.appended = int(self._connection.execute(row).scalar_one())
+        return self.appended
+
+    def append_all(self, topic: Topic, keys: Iterable[str]) -> None:
+        """Append many changes of one topic in one statement."""
+        rows = [{"topic": topic.value, "key": key} for key in keys]
+        if rows:
+            self._connection.execute(insert(outbox), rows)
+            self.appended = self.latest()
+
+    def after(self, seq: int, limit: int) -> list[Change]:
+        """The changes with a higher number, at most `limit`, lowest first."""
+        query = select(outbox).where(outbox.c.seq > seq).order_by(outbox.c.seq).limit(limit)
+        return [change_from_row(row) for row in self._connection.execute(query)]
+
+    def latest(self) -> int:
+        """The highest number; 0 when nothing ever changed."""
+        return int(self._connection.execute(select(func.max(outbox.c.seq))).scalar() or 0)
+
+    def oldest(self) -> int:
+        """The lowest number that retention has left; 0 when there is none."""
+        return int(self._connection.execute(select(func.min(outbox.c.seq))).scalar() or 0)
