@@ -11,6 +11,7 @@ Values and rules
 
 X.509, in the order a certificate is made
     csr           a request, its proof of possession and its key, nothing else of it
+    der           the little DER written and read by hand
     template      the to-be-signed bytes, encoded here
     lint          the same bytes read back and held against profile and SPIFFE, before any key
     issuer        X509Issuer.prepare -> PreparedX509 -> sign -> X509Credential

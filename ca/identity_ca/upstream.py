@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Final, Protocol, TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from identity_ca.chain import find_path
@@ -87,12 +88,12 @@ def verify_upstream(
     if not signed.chain or not signed.roots:
         raise _rejected("the chain or its root is missing")
     own = signed.chain[0]
-    if spki_der(own.public_key()) != spki_der(key.public_key):
-        raise _rejected("it is for another key")
     try:
+        if spki_der(own.public_key()) != spki_der(key.public_key):
+            raise _rejected("it is for another key")
         _check_extensions(own, trust_domain)
-    except (ValueError, TypeError, x509.DuplicateExtension) as exc:
-        raise _rejected("its extensions cannot be read", detail=str(exc)) from exc
+    except (ValueError, TypeError, x509.DuplicateExtension, UnsupportedAlgorithm) as exc:
+        raise _rejected("it cannot be read", detail=str(exc)) from exc
     _check_lifetime(own, ttl, now)
     _check_path(signed, now)
 
@@ -124,7 +125,7 @@ def _check_extensions(own: x509.Certificate, trust_domain: TrustDomain) -> None:
     if uris not in ([], [str(trust_domain.id)]):
         raise _rejected("its SPIFFE ID is not the trust domain's own (X-5)")
     purposes = _extension(extensions, x509.ExtendedKeyUsage)
-    if purposes is not None and not _PURPOSES <= set(purposes.value):
+    if purposes is not None and not set(purposes.value) >= _PURPOSES:
         raise _rejected("its extended key usage does not cover its leaves (X-10)")
 
 

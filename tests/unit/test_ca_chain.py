@@ -1,0 +1,429 @@
+"""Validation of an X.509-SVID (X509-SVID.md section 5): every way a peer can be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from identity_ca.bundle import TrustBundle
+from identity_ca.chain import verify_x509_svid
+from identity_ca.errors import ChainRejected
+from identity_ca.keys import KeyAlgorithm, LocalSigningKey, key_fingerprint, signature_hash
+from identity_ca.spiffe_id import TrustDomain
+from support.ca import (
+    SIGNING_ALGORITHMS,
+    Extensions,
+    ca_extensions,
+    forge,
+    hierarchy,
+    key_usage,
+    leaf_extensions,
+    replaced,
+    uri_san,
+    without,
+    workload_key,
+)
+from support.ca_material import DAY, NOW, TRUST_DOMAIN, WORKLOAD_ID, signing_key
+
+BELOW = hierarchy()
+ROOT_KEY, CA_KEY, EXTRA_KEY = (signing_key(nth=nth) for nth in (91, 92, 93))
+SENTENCE = "the X.509-SVID was rejected: "
+
+
+def der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.DER)
+
+
+def bundle_of(*roots: x509.Certificate) -> TrustBundle:
+    return TrustBundle(TRUST_DOMAIN, x509_authorities=tuple(map(der, roots)))
+
+
+def refused(
+    *chain: x509.Certificate, bundle: TrustBundle = BELOW.bundle, after: timedelta = timedelta(0)
+) -> str:
+    with pytest.raises(ChainRejected) as caught:
+        verify_x509_svid([der(each) for each in chain], bundle=bundle, now=NOW + after)
+    assert caught.value.reason == "PEER_REJECTED"
+    assert caught.value.message.startswith(SENTENCE)
+    return caught.value.message.removeprefix(SENTENCE)
+
+
+def leaf(
+    extensions: Extensions | None = None,
+    *,
+    issuer: x509.Certificate = BELOW.intermediate,
+    issuer_key: LocalSigningKey = CA_KEY,
+    key: LocalSigningKey | None = None,
+    **changes: object,
+) -> x509.Certificate:
+    return forge(
+        subject="",
+        key=key or workload_key(),
+        issuer=issuer,
+        issuer_key=issuer_key,
+        extensions=leaf_extensions() if extensions is None else extensions,
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def authority(
+    name: str,
+    key: LocalSigningKey,
+    issuer: x509.Certificate | None,
+    issuer_key: LocalSigningKey,
+    extensions: Extensions | None = None,
+    **changes: object,
+) -> x509.Certificate:
+    return forge(
+        subject=name,
+        key=key,
+        issuer=issuer,
+        issuer_key=issuer_key,
+        extensions=ca_extensions() if extensions is None else extensions,
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def test_what_the_issuer_makes_is_valid() -> None:
+    credential = BELOW.issue()
+    verified = verify_x509_svid(credential.chain, bundle=BELOW.bundle, now=NOW)
+    assert verified.spiffe_id == WORKLOAD_ID
+    assert verified.serial == credential.serial
+    assert verified.not_after == credential.not_after
+    assert der(verified.leaf) == credential.chain[0]
+    assert key_fingerprint(verified.public_key) == key_fingerprint(workload_key().public_key)
+
+
+@pytest.mark.parametrize("algorithm", SIGNING_ALGORITHMS[:3])
+def test_every_signing_algorithm(algorithm: KeyAlgorithm) -> None:
+    below = hierarchy(algorithm=algorithm)
+    verify_x509_svid(below.issue().chain, bundle=below.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-2")
+def test_x_2_more_than_one_uri_san() -> None:
+    for second in ("spiffe://example.org/b", "https://example.org/", str(WORKLOAD_ID)):
+        two = replaced(leaf_extensions(), uri_san(str(WORKLOAD_ID), second), critical=True)
+        assert "X-2" in refused(leaf(two), BELOW.intermediate)
+    none = replaced(
+        leaf_extensions(),
+        x509.SubjectAlternativeName([x509.DNSName("example.org")]),
+        critical=True,
+    )
+    assert "X-2" in refused(leaf(none), BELOW.intermediate)
+    assert "X-2" in refused(
+        leaf(without(leaf_extensions(), x509.SubjectAlternativeName)), BELOW.intermediate
+    )
+
+
+@pytest.mark.clause("X-6")
+@pytest.mark.clause("X-12")
+def test_x_6_signing_certificates_do_not_authenticate() -> None:
+    assert "X-6" in refused(
+        authority(
+            "ca",
+            EXTRA_KEY,
+            BELOW.root,
+            ROOT_KEY,
+            replaced(ca_extensions(), key_usage(digital_signature=True, sign=True), critical=True),
+        )
+    )
+    assert refused(BELOW.intermediate)
+    assert refused(BELOW.root)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_signature_of_another_key() -> None:
+    assert "signature does not verify" in refused(leaf(issuer_key=EXTRA_KEY), BELOW.intermediate)
+    changed = der(leaf()).replace(b"payments/api", b"payments/apj")
+    with pytest.raises(ChainRejected, match="signature does not verify"):
+        verify_x509_svid([changed, der(BELOW.intermediate)], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_validity_of_every_certificate() -> None:
+    good = leaf()
+    assert "expired" in refused(good, BELOW.intermediate, after=2 * DAY)
+    assert "not valid yet" in refused(good, BELOW.intermediate, after=-DAY)
+    long = leaf(not_after=NOW + 400 * DAY)
+    assert "expired" in refused(long, BELOW.intermediate, after=31 * DAY)
+    assert "expired" in refused(
+        leaf(issuer=BELOW.root, issuer_key=ROOT_KEY, not_after=NOW + 400 * DAY), after=366 * DAY
+    )
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_the_last_second_counts() -> None:
+    good = leaf()
+    end = good.not_valid_after_utc
+    chain = [der(good), der(BELOW.intermediate)]
+    verify_x509_svid(chain, bundle=BELOW.bundle, now=end)
+    with pytest.raises(ChainRejected, match="expired"):
+        verify_x509_svid(chain, bundle=BELOW.bundle, now=end + timedelta(microseconds=1))
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_nobody_of_the_bundle_issued_it() -> None:
+    other = authority("other", EXTRA_KEY, None, EXTRA_KEY)
+    assert "no authority" in refused(leaf(issuer=other, issuer_key=EXTRA_KEY))
+    # A chain that ends in a root the peer brings along is not trusted for that.
+    assert "no authority" in refused(leaf(issuer=other, issuer_key=EXTRA_KEY), other)
+    assert "no authority" in refused(leaf())  # the intermediate is missing
+    assert "no authority" in refused(leaf(), BELOW.intermediate, bundle=bundle_of())
+
+
+@pytest.mark.clause("X-11")
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda e: replaced(e, x509.BasicConstraints(False, None), critical=True), "not a CA"),
+        (lambda e: without(e, x509.BasicConstraints), "not a CA"),
+        (
+            lambda e: replaced(e, key_usage(digital_signature=True), critical=True),
+            "may not sign certificates",
+        ),
+        (lambda e: without(e, x509.KeyUsage), "may not sign certificates"),
+        (
+            lambda e: (
+                *e,
+                (
+                    x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), b"\x05\x00"),
+                    True,
+                ),
+            ),
+            "unknown critical",
+        ),
+        (
+            lambda e: (*e, (x509.PolicyConstraints(0, None), True)),
+            "unknown critical",
+        ),
+    ],
+)
+def test_x_11_an_issuer_must_be_a_ca(change: Callable[[Extensions], Extensions], why: str) -> None:
+    bad = authority("bad", EXTRA_KEY, BELOW.root, ROOT_KEY, change(ca_extensions()))
+    assert why in refused(leaf(issuer=bad, issuer_key=EXTRA_KEY), bad)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_a_leaf_cannot_issue() -> None:
+    stolen = forge(
+        subject="leaf",
+        key=EXTRA_KEY,
+        issuer=BELOW.intermediate,
+        issuer_key=CA_KEY,
+        extensions=leaf_extensions(),
+    )
+    assert "not a CA" in refused(
+        leaf(issuer=stolen, issuer_key=EXTRA_KEY), stolen, BELOW.intermediate
+    )
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_path_length() -> None:
+    # Below the intermediate, whose path length is 0.
+    second = authority("second", EXTRA_KEY, BELOW.intermediate, CA_KEY)
+    assert "path length" in refused(
+        leaf(issuer=second, issuer_key=EXTRA_KEY), second, BELOW.intermediate
+    )
+    free_root = authority(
+        "free", signing_key(nth=94), None, signing_key(nth=94), ca_extensions(path_length=None)
+    )
+    upper = authority("upper", CA_KEY, free_root, signing_key(nth=94), ca_extensions(path_length=1))
+    lower = authority("lower", EXTRA_KEY, upper, CA_KEY)
+    chain = [leaf(issuer=lower, issuer_key=EXTRA_KEY), upper, lower]  # in no order
+    verify_x509_svid([der(each) for each in chain], bundle=bundle_of(free_root), now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_uri_name_constraints_mean_exactly_the_trust_domain() -> None:
+    for constraint, valid in (
+        ("example.org", True),
+        (".example.org", False),  # sub-domains alone
+        ("org", False),
+        ("xample.org", False),
+        ("example.com", False),
+    ):
+        limits = x509.NameConstraints([x509.UniformResourceIdentifier(constraint)], None)
+        limited = authority(
+            "limited",
+            EXTRA_KEY,
+            BELOW.root,
+            ROOT_KEY,
+            replaced(ca_extensions(trust_domain=None), limits, critical=True),
+        )
+        chain = [der(leaf(issuer=limited, issuer_key=EXTRA_KEY)), der(limited)]
+        if valid:
+            verify_x509_svid(chain, bundle=BELOW.bundle, now=NOW)
+        else:
+            with pytest.raises(ChainRejected, match="name constraints"):
+                verify_x509_svid(chain, bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+@pytest.mark.parametrize(
+    ("permitted", "excluded", "name", "why"),
+    [
+        ([x509.DNSName("example.org")], None, x509.DNSName("a.example.org"), ""),
+        ([x509.DNSName("example.org")], None, x509.DNSName("example.org"), ""),
+        ([x509.DNSName("example.org")], None, x509.DNSName("notexample.org"), "constraints"),
+        ([x509.DNSName("example.org")], None, x509.DNSName("example.com"), "constraints"),
+        (None, [x509.DNSName("")], x509.DNSName("example.com"), "constraints"),
+        (None, [x509.DNSName("bad.org")], x509.DNSName("a.bad.org"), "constraints"),
+        (None, [x509.DNSName("bad.org")], x509.DNSName("good.org"), ""),
+        (
+            None,
+            [x509.UniformResourceIdentifier("example.org")],
+            x509.DNSName("a.b"),
+            "constraints",
+        ),
+        ([x509.RFC822Name("example.org")], None, x509.RFC822Name("a@example.org"), "supported"),
+        ([x509.RFC822Name("example.org")], None, x509.DNSName("a.b"), ""),
+    ],
+)
+def test_x_11_other_name_constraints(
+    permitted: list[x509.GeneralName] | None,
+    excluded: list[x509.GeneralName] | None,
+    name: x509.GeneralName,
+    why: str,
+) -> None:
+    limited = authority(
+        "limited",
+        EXTRA_KEY,
+        BELOW.root,
+        ROOT_KEY,
+        replaced(
+            ca_extensions(trust_domain=None),
+            x509.NameConstraints(permitted, excluded),
+            critical=True,
+        ),
+    )
+    names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(WORKLOAD_ID)), name])
+    named = leaf(
+        replaced(leaf_extensions(), names, critical=True), issuer=limited, issuer_key=EXTRA_KEY
+    )
+    if why:
+        assert why in refused(named, limited)
+    else:
+        verify_x509_svid([der(named), der(limited)], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_the_roots_own_constraints_bind_it() -> None:
+    domain = TrustDomain("example.com")
+    root = authority(
+        "root", EXTRA_KEY, None, EXTRA_KEY, ca_extensions(trust_domain=domain, path_length=None)
+    )
+    assert "name constraints" in refused(
+        leaf(issuer=root, issuer_key=EXTRA_KEY), bundle=bundle_of(root)
+    )
+
+
+@pytest.mark.clause("X-13")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://example.org/payments/api",
+        "spiffe://example.org",
+        "spiffe://example.org/",
+        "spiffe://Example.org/payments",
+        "SPIFFE://example.org/payments",
+        "spiffe://example.org/../a",
+        "spiffe://example.org/%2e",
+        "spiffe://example.org:443/a",
+        "",
+    ],
+)
+def test_x_13_the_uri_must_be_a_spiffe_id_with_a_path(uri: str) -> None:
+    wrong = replaced(leaf_extensions(), uri_san(uri), critical=True)
+    assert "X-13" in refused(leaf(wrong), BELOW.intermediate)
+
+
+def test_leaf_usage() -> None:
+    for usage in (key_usage(), key_usage(digital_signature=True, sign=True)):
+        changed = replaced(leaf_extensions(), usage, critical=True)
+        assert "X-" in refused(leaf(changed), BELOW.intermediate)
+    assert "X-9" in refused(leaf(without(leaf_extensions(), x509.KeyUsage)), BELOW.intermediate)
+
+
+def test_another_trust_domain_than_the_bundles() -> None:
+    foreign = replaced(leaf_extensions(), uri_san("spiffe://example.com/a"), critical=True)
+    assert "another trust domain" in refused(leaf(foreign), BELOW.intermediate)
+    bundle = dataclasses.replace(BELOW.bundle, trust_domain=TrustDomain("example.com"))
+    assert "another trust domain" in refused(leaf(), BELOW.intermediate, bundle=bundle)
+
+
+def test_how_much_a_peer_may_send() -> None:
+    assert "no certificate" in refused()
+    assert "more than 4" in refused(leaf(), *[BELOW.intermediate] * 4)
+    verify_x509_svid([der(leaf()), *[der(BELOW.intermediate)] * 3], bundle=BELOW.bundle, now=NOW)
+    with pytest.raises(ChainRejected, match="too long"):
+        verify_x509_svid([bytes(1 << 20)], bundle=BELOW.bundle, now=NOW)
+
+
+def test_weak_keys_and_signatures() -> None:
+    weak = LocalSigningKey.__new__(LocalSigningKey)
+    small = rsa.generate_private_key(65537, 1024)
+    object.__setattr__(weak, "public_key", small.public_key())
+    assert "weak or unknown key" in refused(leaf(key=weak), BELOW.intermediate)
+    key = signing_key(KeyAlgorithm.RSA_2048, 91)
+    below = hierarchy(algorithm=KeyAlgorithm.RSA_2048)
+    good = forge(
+        subject="",
+        key=workload_key(),
+        issuer=below.root,
+        issuer_key=key,
+        extensions=leaf_extensions(),
+    )
+    private_key = key.as_private_key()
+    assert isinstance(private_key, rsa.RSAPrivateKey)
+    sha256, sha1 = bytes.fromhex("2a864886f70d01010b"), bytes.fromhex("2a864886f70d010105")
+    tbs = good.tbs_certificate_bytes.replace(sha256, sha1)
+    signature = private_key.sign(tbs, padding.PKCS1v15(), hashes.SHA1())
+    whole = der(good)
+    forged = whole[:4] + tbs + whole[4 + len(tbs) : -256].replace(sha256, sha1) + signature
+    with pytest.raises(ChainRejected, match="weak or unknown algorithm"):
+        verify_x509_svid([forged], bundle=below.bundle, now=NOW)
+
+
+def test_a_good_issuer_is_found_among_bad_ones_of_its_name() -> None:
+    name = BELOW.intermediate.subject
+    impostor = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(EXTRA_KEY.public_key)
+        .serial_number(1)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+        .sign(EXTRA_KEY.as_private_key(), signature_hash(EXTRA_KEY.algorithm))
+    )
+    for chain in (
+        [leaf(), impostor, BELOW.intermediate],
+        [leaf(), BELOW.intermediate, impostor],
+    ):
+        verify_x509_svid([der(each) for each in chain], bundle=BELOW.bundle, now=NOW)
+
+
+def test_certificates_that_name_each_other_do_not_loop() -> None:
+    first_name = authority("first", EXTRA_KEY, None, EXTRA_KEY, ca_extensions(path_length=None))
+    second = authority("second", CA_KEY, first_name, EXTRA_KEY, ca_extensions(path_length=None))
+    first = authority("first", EXTRA_KEY, second, CA_KEY, ca_extensions(path_length=None))
+    assert refused(leaf(issuer=first, issuer_key=EXTRA_KEY), first, second, first_name)
+
+
+def test_old_and_new_root_in_one_bundle() -> None:
+    fresh = hierarchy(algorithm=KeyAlgorithm.EC_P384)
+    both = bundle_of(BELOW.root, fresh.root)
+    for below in (BELOW, fresh):
+        verify_x509_svid(below.issue().chain, bundle=both, now=NOW)
+
+
+def test_a_damaged_anchor_is_a_refusal() -> None:
+    bundle = TrustBundle(TRUST_DOMAIN, x509_authorities=(b"not DER",))
+    assert "cannot be read" in refused(leaf(), BELOW.intermediate, bundle=bundle)
