@@ -207,7 +207,7 @@ class Ledger:
             if healthy and len(self._outcomes) >= _EAGER:
                 return
             self._sleep = _DOZING if doze else _ASLEEP
-            if self._requests or self._stopping or (self._outcomes and not doze):
+            if self._pressing(doze=doze):
                 doze = True
                 continue  # it came between the look and the nap; the bell may not have been rung
             try:
@@ -219,6 +219,9 @@ class Ledger:
             else:
                 doze = True
         self._sleep = _AWAKE
+
+    def _pressing(self, *, doze: bool) -> bool:
+        return bool(self._requests) or self._stopping or (bool(self._outcomes) and not doze)
 
     def _take(self) -> list[_Request]:
         requests = []

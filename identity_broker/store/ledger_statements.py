@@ -24,7 +24,8 @@ T = TypeVar("T")
 _SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 
 _INTENTS = (
-    f"INSERT INTO credentials ({', '.join(INTENT_COLUMNS)}, state, digest, comment) VALUES {{rows}}"
+    "INSERT INTO credentials (" + ", ".join(INTENT_COLUMNS) + ", state, digest, comment)"
+    " VALUES {rows}"
 )
 _AUDIT = (
     "WITH v(id, at) AS (VALUES {rows})"
