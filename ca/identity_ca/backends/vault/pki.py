@@ -76,7 +76,7 @@ class VaultPkiUpstream:
         )
         warnings = answer.get("warnings") or []
         if warnings:
-            _logger.warning("openbao pki warned", extra={"warnings": [str(w) for w in warnings]})
+            _logger.info("openbao pki warned", extra={"warnings": [str(w) for w in warnings]})
         found = data_of(answer)
         own = _certificate(found.get("certificate"))
         signed = _assembled(own, [_certificate(pem) for pem in found.get("ca_chain") or []])

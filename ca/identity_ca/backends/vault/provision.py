@@ -218,7 +218,7 @@ def _make_root(
             )
         )
         changes.append(f"made root {where.issuer} for {trust_domain.name}")
-    pem = str(found["certificate"])
+    pem = str(found["certificate"]).strip() + "\n"
     _require_root_of(x509.load_pem_x509_certificate(pem.encode("ascii")), where, trust_domain)
     return pem
 
