@@ -1,0 +1,296 @@
+"""An identity for an asyncio program: obtained, renewed, checked and swapped in the background.
+
+    async with IdentitySource.from_env() as source:
+        await source.wait_ready(timeout=10)
+        print(source.x509_svid.spiffe_id)
+
+- Everything that only reads (`snapshot`, `status`, `x509_svid`, …) may be called from any thread
+  and never blocks; everything awaited belongs to the loop that started the source.
+- An identity that was revoked or has expired is not handed out: the call raises instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from spiffe import JwtSvid, SpiffeId, TrustDomain, X509Bundle, X509Svid
+
+from identity_client.attestation import CertificateAttestor, JoinTokenAttestor
+from identity_client.credential import IdentitySnapshot
+from identity_client.engine import Engine
+from identity_client.errors import (
+    IdentityNotReady,
+    NotAuthenticated,
+    RequestRejected,
+    SettingsInvalid,
+    SourceClosed,
+    SourceError,
+)
+from identity_client.holder import IdentityHolder, SourceStatus, Subscriber, Unsubscribe
+from identity_client.jwt_check import verify_jwt_svid
+from identity_client.revocation import DenySet
+from identity_client.settings import SourceSettings, settings_from_env
+
+__all__ = ["IdentitySource"]
+
+# Waiting does not help against these; until the first identity they end `wait_ready` at once.
+_HOPELESS = (NotAuthenticated, RequestRejected, SettingsInvalid)
+
+
+class IdentitySource:
+    """Obtains one SPIFFE identity from an Identity Broker and keeps it fresh."""
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self._settings = settings
+        self._holder = IdentityHolder()
+        self._engine: Engine | None = None
+
+    @classmethod
+    def from_join_token(
+        cls,
+        *,
+        address: str,
+        bootstrap_address: str,
+        trust_domain: str | TrustDomain,
+        bundle_file: str | Path,
+        token: str | None = None,
+        token_file: str | Path | None = None,
+        spiffe_id: str | SpiffeId | None = None,
+        state_dir: str | Path | None = None,
+    ) -> Self:
+        """A source that joins with a single-use token.
+
+        Args:
+            address: host:port of the broker's mTLS listener.
+            bootstrap_address: host:port of its bootstrap listener.
+            trust_domain: which broker this must be.
+            bundle_file: PEM file with the trust domain's CA certificates.
+            token: the join token; or
+            token_file: a file that holds it.
+            spiffe_id: who to be; the first identity this machine is authorised for when None.
+            state_dir: keep the node's key and SVID here, so that a restart needs no new token.
+
+        Raises:
+            SettingsInvalid: a value cannot be used.
+        """
+        return cls(
+            SourceSettings.make(
+                JoinTokenAttestor(token, token_file=token_file),
+                address=address,
+                bootstrap_address=bootstrap_address,
+                trust_domain=trust_domain,
+                bundle_file=bundle_file,
+                spiffe_id=spiffe_id,
+                state_dir=state_dir,
+            )
+        )
+
+    @classmethod
+    def from_certificate(
+        cls,
+        *,
+        address: str,
+        bootstrap_address: str,
+        trust_domain: str | TrustDomain,
+        bundle_file: str | Path,
+        cert_file: str | Path,
+        key_file: str | Path,
+        spiffe_id: str | SpiffeId | None = None,
+        state_dir: str | Path | None = None,
+    ) -> Self:
+        """A source that joins with a certificate this machine already has (x509_pop).
+
+        Args:
+            address: host:port of the broker's mTLS listener.
+            bootstrap_address: host:port of its bootstrap listener.
+            trust_domain: which broker this must be.
+            bundle_file: PEM file with the trust domain's CA certificates.
+            cert_file: PEM file, leaf first; read again for every attestation.
+            key_file: PEM file with the leaf's unencrypted private key.
+            spiffe_id: who to be; the first identity this machine is authorised for when None.
+            state_dir: keep the node's key and SVID here.
+
+        Raises:
+            SettingsInvalid: a value cannot be used.
+        """
+        return cls(
+            SourceSettings.make(
+                CertificateAttestor(cert_file, key_file),
+                address=address,
+                bootstrap_address=bootstrap_address,
+                trust_domain=trust_domain,
+                bundle_file=bundle_file,
+                spiffe_id=spiffe_id,
+                state_dir=state_dir,
+            )
+        )
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """A source described by the variables `identity_client.settings.ENVIRONMENT`.
+
+        Raises:
+            SettingsInvalid: lists every variable that is missing or contradicts another.
+        """
+        return cls(settings_from_env(os.environ))
+
+    @property
+    def settings(self) -> SourceSettings:
+        """What the source was made with."""
+        return self._settings
+
+    def __repr__(self) -> str:
+        status = self._holder.status()
+        return f"IdentitySource({status.spiffe_id or 'no identity yet'}, {status.state})"
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Starts obtaining the identity in the background; returns at once.
+
+        Raises:
+            SettingsInvalid: the bundle file or the state directory cannot be used.
+        """
+        if self._engine is None:
+            engine = Engine(self._settings, self._holder)
+            await engine.start()
+            self._engine = engine
+
+    async def close(self) -> None:
+        """Ends renewal and connections; nothing is handed out any more."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+        self._holder.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def wait_ready(self, timeout: float | None = None) -> IdentitySnapshot:
+        """Waits until there is an identity to hand out, and returns it.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            IdentityNotReady: not within `timeout`; the message names the last failure.
+            NotAuthenticated, RequestRejected: the broker refused and waiting would not help.
+        """
+        await self.start()
+        engine = self._running()
+        try:
+            async with asyncio.timeout(timeout), engine.changed:
+                while True:
+                    try:
+                        return self._holder.snapshot()
+                    except SourceClosed:
+                        raise
+                    except SourceError:
+                        self._raise_if_hopeless()
+                    await engine.changed.wait()
+        except TimeoutError:
+            error = self._holder.status().last_error
+            why = f": {error.message}" if error else ""
+            raise IdentityNotReady(
+                f"no identity was issued within {timeout:g} s{why}",
+                reason=error.reason if error else "",
+                hint=error.hint if error else "",
+            ) from error
+
+    def _raise_if_hopeless(self) -> None:
+        error = self._holder.status().last_error
+        if isinstance(error, _HOPELESS) and self._holder.peek() is None:
+            raise error
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            self._holder.snapshot()  # raises: closed, or never started
+            raise SourceClosed
+        return self._engine
+
+    # --- what it hands out ---------------------------------------------------------------------
+
+    def snapshot(self) -> IdentitySnapshot:
+        """Key, chain and bundles of one moment.
+
+        Raises:
+            SourceError: IdentityNotReady, IdentityRevoked, IdentityExpired or SourceClosed.
+        """
+        return self._holder.snapshot()
+
+    @property
+    def x509_svid(self) -> X509Svid:
+        """Our X.509-SVID; raises as `snapshot` does."""
+        return self._holder.snapshot().svid
+
+    def x509_bundle(self, trust_domain: str | TrustDomain | None = None) -> X509Bundle:
+        """A trust domain's X.509 bundle, our own by default.
+
+        Raises:
+            SourceError: as `snapshot`.
+            ObjectNotFound: reason BUNDLE_NOT_FOUND.
+        """
+        name = (
+            self._settings.trust_domain if trust_domain is None else TrustDomain(str(trust_domain))
+        )
+        return self._holder.snapshot().x509_bundle(name)
+
+    @property
+    def denied(self) -> DenySet:
+        """What was revoked and has not expired yet."""
+        return self._holder.denied
+
+    def status(self) -> SourceStatus:
+        """The source's health; never raises."""
+        return self._holder.status()
+
+    async def fetch_jwt_svid(self, audience: str | Sequence[str]) -> JwtSvid:
+        """A JWT-SVID for one or more audiences, cached until half of its life.
+
+        Raises:
+            SourceError: there is no identity to issue it for.
+            IdentityError: it could not be issued and no cached one is valid.
+        """
+        audiences = (audience,) if isinstance(audience, str) else tuple(audience)
+        return await self._running().fetch_jwt_svid(audiences)
+
+    def validate_jwt_svid(self, token: str, audience: str) -> JwtSvid:
+        """Verifies a JWT-SVID somebody sent us: signature, expiry, audience, revocation.
+
+        Raises:
+            PeerRejected: reason TOKEN_REJECTED, or PEER_REVOKED for a revoked token.
+            SourceError: there is no bundle to verify it with.
+        """
+        bundle = self._holder.snapshot().bundle.jwt_bundle
+        return verify_jwt_svid(token, audience, bundle=bundle, denied=self._holder.denied)
+
+    def subscribe(self, subscriber: Subscriber) -> Unsubscribe:
+        """Calls `subscriber` with every new snapshot, on the loop's thread, until unsubscribed."""
+        return self._holder.subscribe(subscriber)
+
+    async def updates(self) -> AsyncIterator[IdentitySnapshot]:
+        """The current snapshot and every later one; a slow reader skips to the newest."""
+        engine = self._running()
+        seen = 0
+        while self._engine is engine:
+            current = self._holder.peek()
+            if current is not None and current.revision > seen:
+                seen = current.revision
+                yield current
+                continue
+            async with engine.changed:
+                await engine.changed.wait()

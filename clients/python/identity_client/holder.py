@@ -1,0 +1,225 @@
+"""The state every source shares: the current snapshot, what is denied, what went wrong last.
+
+- One writer (the source's event loop), any number of reading threads. Readers take one reference
+  to an immutable value and need no lock.
+- What has expired or was revoked is not handed out any more, whatever else fails.
+- A failure of a subscriber never reaches the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from identity_client.credential import BundleSnapshot, IdentitySnapshot, X509Material
+from identity_client.errors import (
+    IdentityError,
+    IdentityExpired,
+    IdentityNotReady,
+    IdentityRevoked,
+    SourceClosed,
+)
+from identity_client.revocation import DenySet, RevokedCredential
+
+__all__ = ["IdentityHolder", "SourceState", "SourceStatus", "Subscriber", "Unsubscribe"]
+
+_logger = logging.getLogger(__name__)
+
+Subscriber = Callable[[IdentitySnapshot], None]
+Unsubscribe = Callable[[], None]
+
+
+class SourceState(StrEnum):
+    """Where a source stands."""
+
+    STARTING = "starting"  # nothing was issued yet
+    READY = "ready"
+    REVOKED = "revoked"  # our certificate was revoked and no other could be issued
+    EXPIRED = "expired"  # our certificate expired before it could be renewed
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatus:
+    """A source's health, for a readiness endpoint or a log line; holds no secret.
+
+    Attributes:
+        state: see SourceState.
+        ready: whether `snapshot()` hands out an identity now.
+        spiffe_id: who we are; empty until known.
+        serial: our certificate's serial number.
+        expires_at: when our certificate expires.
+        revocations_synced: whether revocations arrive as they happen; if not, peers are checked
+            against those known so far.
+        last_error: the last failure, None after a success.
+        last_error_at: when that was.
+        failures: how many attempts have failed in a row.
+    """
+
+    state: SourceState
+    ready: bool
+    spiffe_id: str
+    serial: str
+    expires_at: datetime | None
+    revocations_synced: bool
+    last_error: IdentityError | None
+    last_error_at: datetime | None
+    failures: int
+
+
+class IdentityHolder:
+    """Holds what a source obtained. Writers are the source's loop alone; readers are any thread."""
+
+    def __init__(self) -> None:
+        self.denied = DenySet()
+        self._snapshot: IdentitySnapshot | None = None
+        self._revoked = False
+        self._closed = False
+        self._failure: tuple[IdentityError, datetime, int] | None = None
+        self._subscribers: tuple[Subscriber, ...] = ()
+        self._pid = os.getpid()
+
+    # --- for readers ---------------------------------------------------------------------------
+
+    def snapshot(self) -> IdentitySnapshot:
+        """The current identity.
+
+        Raises:
+            SourceError: there is none to hand out; the leaf class says why.
+        """
+        current = self._snapshot
+        if (
+            current is None
+            or self._revoked
+            or self._closed
+            or time.time() >= current.expires_at
+            or os.getpid() != self._pid
+        ):
+            raise self._refusal(current)
+        return current
+
+    def peek(self) -> IdentitySnapshot | None:
+        """The last identity, whether or not it may still be used; None before the first."""
+        return self._snapshot
+
+    def status(self) -> SourceStatus:
+        """The source's health at this moment."""
+        current = self._snapshot
+        state = self._state(current)
+        error, error_at, failures = self._failure or (None, None, 0)
+        return SourceStatus(
+            state=state,
+            ready=state is SourceState.READY,
+            spiffe_id=str(current.spiffe_id) if current else "",
+            serial=current.serial if current else "",
+            expires_at=current.not_after if current else None,
+            revocations_synced=self.denied.synced,
+            last_error=error,
+            last_error_at=error_at,
+            failures=failures,
+        )
+
+    def subscribe(self, subscriber: Subscriber) -> Unsubscribe:
+        """Calls `subscriber` with every new snapshot, on the source's own thread.
+
+        It must return quickly. The returned function ends the subscription.
+        """
+        self._subscribers = (*self._subscribers, subscriber)
+
+        def unsubscribe() -> None:
+            self._subscribers = tuple(s for s in self._subscribers if s is not subscriber)
+
+        return unsubscribe
+
+    # --- for the source ------------------------------------------------------------------------
+
+    def publish(self, material: X509Material, bundle: BundleSnapshot) -> IdentitySnapshot:
+        """A new certificate: the one assignment that readers see."""
+        revision = self._snapshot.revision + 1 if self._snapshot else 1
+        fresh = IdentitySnapshot(x509=material, bundle=bundle, revision=revision)
+        self._revoked = fresh.serial in self.denied
+        self._announce(fresh)
+        return fresh
+
+    def publish_bundle(self, bundle: BundleSnapshot) -> None:
+        """A new bundle beside the same certificate."""
+        current = self._snapshot
+        if current is not None and not current.bundle.same_keys(bundle):
+            self._announce(current.with_bundle(bundle))
+
+    def revoke(self, revoked: Iterable[RevokedCredential], *, now: datetime) -> bool:
+        """Denies credentials; returns whether our own certificate became one of them."""
+        self.denied.add(revoked, now=now)
+        current = self._snapshot
+        if current is not None and not self._revoked and current.serial in self.denied:
+            self._revoked = True
+            _logger.warning("identity revoked: %s, serial %s", current.spiffe_id, current.serial)
+            return True
+        return False
+
+    def record_failure(self, error: IdentityError) -> None:
+        """Remembers why the last attempt failed."""
+        failures = self._failure[2] + 1 if self._failure else 1
+        self._failure = (error, datetime.now(UTC), failures)
+
+    def record_success(self) -> None:
+        """Forgets the last failure."""
+        self._failure = None
+
+    def close(self) -> None:
+        """Hands out nothing any more."""
+        self._closed = True
+        self._subscribers = ()
+
+    @property
+    def revoked(self) -> bool:
+        """Whether our own certificate is revoked."""
+        return self._revoked
+
+    def _announce(self, snapshot: IdentitySnapshot) -> None:
+        self._snapshot = snapshot
+        for subscriber in self._subscribers:
+            try:
+                subscriber(snapshot)
+            except Exception:  # Foreign code: its bug must not end the rotation of identities.
+                _logger.exception("a subscriber of the identity source failed")
+
+    def _state(self, current: IdentitySnapshot | None) -> SourceState:
+        if self._closed:
+            return SourceState.CLOSED
+        if current is None:
+            return SourceState.STARTING
+        if self._revoked:
+            return SourceState.REVOKED
+        if time.time() >= current.expires_at:
+            return SourceState.EXPIRED
+        return SourceState.READY
+
+    def _refusal(self, current: IdentitySnapshot | None) -> IdentityError:
+        if os.getpid() != self._pid:
+            return SourceClosed(
+                "the identity source was made before this process was forked",
+                reason="SOURCE_FORKED",
+                hint="make the source in the child process",
+            )
+        name = f'"{current.spiffe_id}"' if current else ""
+        because = f" (last failure: {self._failure[0].message})" if self._failure else ""
+        match self._state(current):
+            case SourceState.CLOSED:
+                return SourceClosed()
+            case SourceState.REVOKED:
+                return IdentityRevoked(
+                    f"the identity {name} is revoked{because}",
+                    hint=f"idb credential list --spiffe-id {name} says when and why",
+                )
+            case SourceState.EXPIRED:
+                return IdentityExpired(
+                    f"the identity {name} expired before it could be renewed{because}"
+                )
+            case _:
+                return IdentityNotReady(f"{IdentityNotReady.sentence}{because}")

@@ -1,0 +1,122 @@
+"""Who is at the other end of a TLS connection, read once per certificate.
+
+- Only what the TLS library has verified against the bundle may be given to these functions; they
+  read names and dates and check no signature.
+- A certificate without exactly one canonical SPIFFE ID, or that could sign, names nobody
+  (X509-SVID sections 2, 4 and 5.2).
+- Parsed certificates are kept in a bounded cache: on an open connection a check costs a
+  dictionary look-up and not an ASN.1 parse.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from cryptography import x509
+from cryptography.x509.oid import ExtensionOID
+from spiffe import SpiffeId
+
+from identity_client.errors import PeerExpired, PeerRejected, PeerRevoked, SettingsInvalid
+from identity_client.naming import parse_spiffe_id
+from identity_client.revocation import DenySet
+
+__all__ = ["Peer", "check_current", "peer_from_der", "peer_from_pem", "serial_text"]
+
+_CACHED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A verified peer certificate.
+
+    Attributes:
+        spiffe_id: its only URI SAN.
+        id: the same as a string; what policies compare.
+        serial: lower-case hexadecimal, as the broker's ledger writes it.
+        expires_at: seconds since the epoch.
+    """
+
+    spiffe_id: SpiffeId
+    id: str
+    serial: str
+    expires_at: float = field(repr=False)
+
+
+def serial_text(number: int) -> str:
+    """A serial number as the ledger writes it: lower-case hexadecimal, whole octets."""
+    text = f"{number:x}"
+    return text if len(text) % 2 == 0 else f"0{text}"
+
+
+@lru_cache(maxsize=_CACHED)
+def peer_from_pem(pem: bytes) -> Peer:
+    """The peer a PEM certificate names.
+
+    Raises:
+        PeerRejected: it is not an X.509-SVID.
+    """
+    try:
+        return _read(x509.load_pem_x509_certificate(pem))
+    except ValueError as exc:
+        raise PeerRejected("the peer's certificate cannot be read") from exc
+
+
+@lru_cache(maxsize=_CACHED)
+def peer_from_der(der: bytes) -> Peer:
+    """The peer a DER certificate names.
+
+    Raises:
+        PeerRejected: it is not an X.509-SVID.
+    """
+    try:
+        return _read(x509.load_der_x509_certificate(der))
+    except ValueError as exc:
+        raise PeerRejected("the peer's certificate cannot be read") from exc
+
+
+def check_current(peer: Peer, denied: DenySet, *, now: float | None = None) -> None:
+    """Refuses a peer whose certificate is revoked or has expired since the handshake.
+
+    Raises:
+        PeerRevoked, PeerExpired.
+    """
+    if peer.serial in denied:
+        raise PeerRevoked(f'the certificate of peer "{peer.id}" is revoked')
+    if (time.time() if now is None else now) >= peer.expires_at:
+        raise PeerExpired(f'the certificate of peer "{peer.id}" has expired')
+
+
+def _read(certificate: x509.Certificate) -> Peer:
+    try:
+        san = certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
+    except x509.ExtensionNotFound as exc:
+        raise PeerRejected("the peer's certificate holds no SPIFFE ID") from exc
+    assert isinstance(san.value, x509.SubjectAlternativeName)  # by its OID
+    uris = san.value.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1:
+        raise PeerRejected("the peer's certificate must hold exactly one URI: its SPIFFE ID")
+    try:
+        spiffe_id = parse_spiffe_id(uris[0])
+    except SettingsInvalid as exc:
+        raise PeerRejected("the URI in the peer's certificate is not a SPIFFE ID") from exc
+    if not spiffe_id.path or _may_sign(certificate):
+        raise PeerRejected("the peer's certificate is an authority's and names no workload")
+    return Peer(
+        spiffe_id=spiffe_id,
+        id=str(spiffe_id),
+        serial=serial_text(certificate.serial_number),
+        expires_at=certificate.not_valid_after_utc.timestamp(),
+    )
+
+
+def _may_sign(certificate: x509.Certificate) -> bool:
+    for extension in certificate.extensions:
+        if isinstance(extension.value, x509.BasicConstraints) and extension.value.ca:
+            return True
+        if isinstance(extension.value, x509.KeyUsage) and (
+            extension.value.key_cert_sign or extension.value.crl_sign
+        ):
+            return True
+    return False
