@@ -19,6 +19,15 @@ from typing import Generic, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+
+from identity_broker import errors
+from identity_broker.domain.grant import Grant, GrantKind
+from identity_broker.errors import (
+    AuthorityUnavailable,
+    BrokerError,
+    InvariantViolated,
+    SigningBackendUnavailable,
+)
 from identity_ca.authority import (
     Authority,
     AuthorityKind,
@@ -34,15 +43,6 @@ from identity_ca.keys import KeyAlgorithm, KeyManager, key_fingerprint, spki_der
 from identity_ca.profile import BROKER, NODE, WORKLOAD, X509Profile
 from identity_ca.spiffe_id import TrustDomain
 from identity_ca.upstream import UpstreamAuthority
-
-from identity_broker import errors
-from identity_broker.domain.grant import Grant, GrantKind
-from identity_broker.errors import (
-    AuthorityUnavailable,
-    BrokerError,
-    InvariantViolated,
-    SigningBackendUnavailable,
-)
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -94,6 +94,7 @@ class Authorities:
 
     x509: X509Issuer | None
     jwt: JwtIssuer | None
+    jwt_is_remote: bool
     x509_set: AuthoritySet
     jwt_set: AuthoritySet
     bundle: TrustBundle
@@ -218,12 +219,13 @@ class Signing:
             SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
             AuthorityUnavailable: the authority was replaced since; prepare again.
         """
-        issuer = self.authorities.jwt
+        authorities = self.authorities
+        issuer = authorities.jwt
         if issuer is None or any(item.authority_id != issuer.authority_id for item in prepared):
             raise AuthorityUnavailable(
                 "the signing authority was replaced in this moment", retry_after=0.1
             )
-        if not issuer.key.remote:
+        if not authorities.jwt_is_remote:
             try:
                 return issuer.sign_many(prepared)
             except CAError as error:
@@ -307,12 +309,11 @@ class Signing:
         Raises:
             SigningBackendUnavailable: an active authority's key could not be loaded.
         """
-        self._authorities = await self._in_thread(
-            lambda: self._build(x509_set, jwt_set, sequence)
-        )
+        self._authorities = await self._in_thread(lambda: self._build(x509_set, jwt_set, sequence))
 
     def _build(self, x509_set: AuthoritySet, jwt_set: AuthoritySet, sequence: int) -> Authorities:
         x509_issuer = jwt_issuer = None
+        jwt_is_remote = False
         if x509_set.active is not None:
             active = x509_set.active
             x509_issuer = X509Issuer(
@@ -323,10 +324,12 @@ class Signing:
             )
         if jwt_set.active is not None:
             active = jwt_set.active
+            key = self._keys.load(active.key_id)
+            jwt_is_remote = key.remote
             jwt_issuer = JwtIssuer(
                 authority_id=active.id,
                 trust_domain=self.trust_domain,
-                key=self._keys.load(active.key_id),
+                key=key,
                 not_after=active.not_after,
             )
         bundle = authority_bundle(
@@ -336,7 +339,7 @@ class Signing:
             sequence=sequence,
             refresh_hint=self._refresh_hint,
         )
-        return Authorities(x509_issuer, jwt_issuer, x509_set, jwt_set, bundle)
+        return Authorities(x509_issuer, jwt_issuer, jwt_is_remote, x509_set, jwt_set, bundle)
 
     # --- dependencies -----------------------------------------------------------------------------
 
@@ -425,4 +428,3 @@ class _Lane(Generic[P, C]):
         finally:
             self._free += 1
             self._launch()
-

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from types import MappingProxyType
 
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
-
 from identity_broker.domain import names
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import EntryInvalid
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 MIN_TTL = timedelta(seconds=10)
 MAX_X509_TTL = timedelta(days=30)
@@ -112,9 +111,7 @@ UPDATABLE_FIELDS = frozenset(
 
 def _check_identity(entry: RegistrationEntry) -> None:
     if not _ID.fullmatch(entry.id):
-        raise EntryInvalid(
-            "an entry id has 1 to 64 letters, digits, dots, underscores and hyphens"
-        )
+        raise EntryInvalid("an entry id has 1 to 64 letters, digits, dots, underscores and hyphens")
     if not entry.spiffe_id.path:
         raise EntryInvalid(
             f'"{entry.spiffe_id}" has no path: a trust domain\'s own ID is never issued',

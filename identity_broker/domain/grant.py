@@ -11,9 +11,8 @@ from datetime import timedelta
 from enum import Enum
 from typing import Final
 
-from identity_ca.spiffe_id import SpiffeId
-
 from identity_broker.errors import InvariantViolated
+from identity_ca.spiffe_id import SpiffeId
 
 
 class GrantKind(Enum):

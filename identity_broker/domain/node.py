@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from identity_ca.spiffe_id import SpiffeId
-
 from identity_broker.domain.selector import Selector
+from identity_ca.spiffe_id import SpiffeId
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from identity_ca.spiffe_id import SpiffeId
-
 from identity_broker.domain.credential import CredentialKind, CredentialState
 from identity_broker.domain.selector import Selector
+from identity_ca.spiffe_id import SpiffeId
 
 T = TypeVar("T")
 

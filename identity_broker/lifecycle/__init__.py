@@ -1,4 +1,5 @@
-"""The line every credential lives through, one file a verb:
+"""The line every credential lives through, one file a verb.
+
 
     attest → authorize → issue → record → rotate → revoke
 

@@ -9,12 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import structlog
-from identity_ca.csr import parse_csr
-from identity_ca.errors import CAError
-from identity_ca.issuer import X509Credential
-from identity_ca.profile import NODE
-
 from identity_broker.attestors.node import Challenger, Evidence, NodeAttestor
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
@@ -26,8 +20,13 @@ from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
 from identity_broker.signing import translate
 from identity_broker.store import Repositories, Store
+from identity_broker.telemetry.logs import get_logger
+from identity_ca.csr import parse_csr
+from identity_ca.errors import CAError
+from identity_ca.issuer import X509Credential
+from identity_ca.profile import NODE
 
-_log = structlog.get_logger(__name__)
+_log = get_logger("attest")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
-
 from identity_broker.domain import names
-from identity_broker.domain.caller import Caller, CallerClass, LocalPeer, PeerCertificate
+from identity_broker.domain.caller import (
+    Caller,
+    CallerClass,
+    ListenerKind,
+    LocalPeer,
+    PeerCertificate,
+)
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.grant import SEAL, Grant, GrantKind
@@ -30,6 +34,7 @@ from identity_broker.errors import (
     Unauthenticated,
 )
 from identity_broker.lifecycle.directory import Directory
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 _ANYONE = frozenset({CallerClass.ANYONE})
 _LOCAL = frozenset({CallerClass.ANYONE, CallerClass.LOCAL})
@@ -76,6 +81,22 @@ class Gate:
         self._admin_gid = admin_gid
         self._own_uid = os.geteuid()
 
+    def authenticate(
+        self, listener: ListenerKind, peer: PeerCertificate | LocalPeer | None, address: str
+    ) -> Caller:
+        """Return who is calling.
+
+        Raises:
+            Unauthenticated, CredentialRevoked, NodeBanned, NodeUnknown: nobody to be served.
+        """
+        if isinstance(peer, PeerCertificate):
+            return self.certificate(peer)
+        if isinstance(peer, LocalPeer):
+            return self.local(peer)
+        if listener is ListenerKind.BOOTSTRAP:
+            return Caller(_ANYONE, address)
+        raise Unauthenticated
+
     def local(self, peer: LocalPeer) -> Caller:
         """Admit root, the broker's own user and the administrators' group.
 
@@ -89,10 +110,6 @@ class Gate:
                 uid=peer.uid,
             )
         return Caller(_LOCAL, f"uid:{peer.uid}", local=peer)
-
-    def anonymous(self, address: str) -> Caller:
-        """Admit anyone: the method table decides what that is good for."""
-        return Caller(_ANYONE, address)
 
     def certificate(self, peer: PeerCertificate) -> Caller:
         """Admit the holder of a valid X.509-SVID of the trust domain.
@@ -218,7 +235,9 @@ class Authorize:
         """Grant the broker its own server SVID."""
         return self._own(GrantKind.BROKER, names.broker_id(self._trust_domain), supersedes)
 
-    def explain(self, entry: RegistrationEntry, node: Node | None, node_id: SpiffeId) -> list[Check]:
+    def explain(
+        self, entry: RegistrationEntry, node: Node | None, node_id: SpiffeId
+    ) -> list[Check]:
         """Say which rules let `node_id` have `entry`, in the order they are enforced."""
         checks = [
             Check(
@@ -251,11 +270,7 @@ class Authorize:
         if entry.parent_id == node_id:
             yield Check("the node is the entry's parent", True, str(node_id))
             return
-        groups = [
-            group
-            for group in self._directory.groups()
-            if group.spiffe_id == entry.parent_id
-        ]
+        groups = [group for group in self._directory.groups() if group.spiffe_id == entry.parent_id]
         if not groups:
             yield Check(
                 "the node is the entry's parent",

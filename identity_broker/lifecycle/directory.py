@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
 
-import structlog
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
-
 from identity_broker.domain import names
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Change, Topic
 from identity_broker.domain.node import Node
-from identity_broker.errors import BrokerError, EntryNotFound, NodeNotFound
+from identity_broker.errors import BrokerError
 from identity_broker.store import Repositories, Store
+from identity_broker.telemetry.logs import get_logger
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
-_log = structlog.get_logger(__name__)
+_log = get_logger("directory")
 
 _POLL_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
@@ -139,11 +138,21 @@ class Directory:
             return (
                 seq,
                 list(repos.entries.iterate()),
-                list(repos.nodes.all()),
-                list(repos.credentials.revoked_unexpired(now - _DENY_MARGIN)),
+                repos.nodes.all(),
+                repos.credentials.revoked_unexpired(now - _DENY_MARGIN),
             )
 
-        seq, entries, nodes, revocations = await self._store.read(read)
+        self.fill(*await self._store.read(read))
+
+    def fill(
+        self,
+        seq: int,
+        entries: Iterable[RegistrationEntry],
+        nodes: Iterable[Node],
+        revocations: Iterable[Revocation],
+    ) -> None:
+        """Hold exactly this, as of change `seq`."""
+        self._entries, self._by_parent, self._admins = {}, {}, {}
         for entry in entries:
             self._put_entry(entry)
         self._nodes = {node.spiffe_id: node for node in nodes}
@@ -195,17 +204,16 @@ class Directory:
 
         def read(
             repos: Repositories,
-        ) -> tuple[
-            dict[str, RegistrationEntry | None], dict[SpiffeId, Node | None], list[Revocation]
-        ]:
+        ) -> tuple[dict[str, RegistrationEntry], dict[SpiffeId, Node | None], list[Revocation]]:
             return (
-                {key: _entry_or_none(repos, key) for key in entry_ids},
-                {key: _node_or_none(repos, key) for key in node_ids},
-                list(repos.credentials.revocations(revoked_ids)) if revoked_ids else [],
+                repos.entries.get_many(entry_ids),
+                {key: repos.nodes.find(key) for key in node_ids},
+                repos.credentials.revocations(revoked_ids) if revoked_ids else [],
             )
 
         entries, nodes, revocations = await self._store.read(read)
-        for entry_id, entry in entries.items():
+        for entry_id in entry_ids:
+            entry = entries.get(entry_id)
             self._remove_entry(entry_id)
             if entry is None:
                 update.deleted_entry_ids.append(entry_id)
@@ -245,17 +253,3 @@ class Directory:
                 bucket.pop(entry_id, None)
                 if not bucket:
                     del index[key]
-
-
-def _entry_or_none(repos: Repositories, entry_id: str) -> RegistrationEntry | None:
-    try:
-        return repos.entries.get(entry_id)
-    except EntryNotFound:
-        return None
-
-
-def _node_or_none(repos: Repositories, spiffe_id: SpiffeId) -> Node | None:
-    try:
-        return repos.nodes.get(spiffe_id)
-    except NodeNotFound:
-        return None

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from identity_ca.issuer import PreparedX509, X509Credential
-from identity_ca.jwt import JwtCredential, PreparedJwt
-
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.grant import Grant
 from identity_broker.errors import AuthorityUnavailable, BrokerError
 from identity_broker.lifecycle.record import Record
 from identity_broker.signing import Signing
+from identity_ca.issuer import PreparedX509, X509Credential
+from identity_ca.jwt import JwtCredential, PreparedJwt
 
 P = TypeVar("P", PreparedX509, PreparedJwt)
 C = TypeVar("C", X509Credential, JwtCredential)

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from identity_ca.issuer import PreparedX509, X509Credential
-from identity_ca.jwt import JwtCredential, PreparedJwt
-
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import (
     CredentialIntent,
@@ -21,6 +18,8 @@ from identity_broker.domain.credential import (
 )
 from identity_broker.domain.grant import Grant
 from identity_broker.store import Repositories, Store
+from identity_ca.issuer import PreparedX509, X509Credential
+from identity_ca.jwt import JwtCredential, PreparedJwt
 
 Order = tuple[Grant, PreparedX509 | PreparedJwt]
 
@@ -46,7 +45,7 @@ class Record:
     def conclude(
         self,
         grants: Sequence[Grant],
-        signed: Sequence[X509Credential] | Sequence[JwtCredential],
+        signed: Sequence[X509Credential | JwtCredential],
         now: datetime,
     ) -> None:
         """Queue the outcomes: issued."""

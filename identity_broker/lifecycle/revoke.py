@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from identity_ca.spiffe_id import SpiffeId
-
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import (
@@ -27,6 +25,7 @@ from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.errors import CredentialNotFound
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.store import Repositories, Store
+from identity_ca.spiffe_id import SpiffeId
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,22 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
 )
-from identity_ca.authority import (
-    Authority,
-    AuthorityKind,
-    AuthoritySet,
-    activation_due,
-    preparation_due,
-)
-from identity_ca.issuer import X509Credential
-from identity_ca.keys import KeyAlgorithm, generate_private_key, signature_hash
 
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
@@ -38,8 +28,18 @@ from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
 from identity_broker.signing import Signing
 from identity_broker.store import Repositories, Store
+from identity_broker.telemetry.logs import get_logger
+from identity_ca.authority import (
+    Authority,
+    AuthorityKind,
+    AuthoritySet,
+    activation_due,
+    preparation_due,
+)
+from identity_ca.issuer import X509Credential
+from identity_ca.keys import KeyAlgorithm, generate_private_key, signature_hash
 
-_log = structlog.get_logger(__name__)
+_log = get_logger("rotate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +264,9 @@ class ServerCertificate:
 class RotateServer:
     """Keeps the broker's own SVID fresh; its key is made here and never leaves."""
 
-    def __init__(
-        self, *, authorize: Authorize, issue: Issue, signing: Signing, clock: Clock
-    ) -> None:
+    def __init__(self, *, authorize: Authorize, issue: Issue, clock: Clock) -> None:
         self._authorize = authorize
         self._issue = issue
-        self._signing = signing
         self._clock = clock
         self.current: ServerCertificate | None = None
 

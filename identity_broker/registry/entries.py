@@ -6,8 +6,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
-
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.entry import RegistrationEntry
@@ -16,6 +14,7 @@ from identity_broker.domain.paging import EntryFilter, Page
 from identity_broker.errors import BrokerError, EntryInvalid, StoreUnavailable
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.store import Repositories, Store
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -101,9 +100,7 @@ class Entries:
         """
         return await self._store.read(lambda repos: repos.entries.get(entry_id))
 
-    async def page(
-        self, wanted: EntryFilter, after: str, size: int
-    ) -> Page[RegistrationEntry]:
+    async def page(self, wanted: EntryFilter, after: str, size: int) -> Page[RegistrationEntry]:
         """Return a page of entries, by id."""
         return await self._store.read(lambda repos: repos.entries.page(wanted, after, size))
 

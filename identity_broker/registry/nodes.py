@@ -7,8 +7,6 @@ import secrets
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
-
 from identity_broker.attestors.node import join_token
 from identity_broker.domain import names
 from identity_broker.domain.caller import Caller
@@ -19,6 +17,7 @@ from identity_broker.domain.paging import NodeFilter, Page
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.revoke import Revoke
 from identity_broker.store import Repositories, Store
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 DEFAULT_TOKEN_TTL = timedelta(minutes=10)
 MAX_TOKEN_TTL = timedelta(hours=24)
@@ -107,9 +106,7 @@ class Nodes:
 
         def write(repos: Repositories) -> None:
             repos.join_tokens.create(token)
-            repos.audit.append(
-                self._event(AuditKind.JOIN_TOKEN_CREATED, token.node_id, caller, "")
-            )
+            repos.audit.append(self._event(AuditKind.JOIN_TOKEN_CREATED, token.node_id, caller, ""))
 
         await self._store.write(write)
         return secret, token

@@ -34,9 +34,6 @@ from cryptography.x509.verification import (
     Store,
     VerificationError,
 )
-from identity_ca.errors import CAError
-from identity_ca.keys import algorithm_of
-from identity_ca.spiffe_id import TrustDomain
 
 from identity_broker.attestors.node import MAX_PAYLOAD_BYTES, Challenger, Evidence
 from identity_broker.domain import names
@@ -44,6 +41,9 @@ from identity_broker.domain.clock import Clock
 from identity_broker.domain.node import AttestedNode
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AttestationFailed, ChallengeFailed, ConfigError, EntryInvalid
+from identity_ca.errors import CAError
+from identity_ca.keys import algorithm_of
+from identity_ca.spiffe_id import TrustDomain
 
 NONCE_BYTES = 32
 MAX_CHAIN = 8
@@ -82,7 +82,7 @@ class X509PopAttestor:
         if not authorities:
             raise ConfigError("attestors.x509_pop.ca_bundle_file holds no certificate")
         self._trust_domain = trust_domain
-        self._store = Store(authorities)
+        self._store = Store(list(authorities))
         self._clock = clock
 
     @classmethod
@@ -226,9 +226,7 @@ def _parse_payload(payload: bytes) -> tuple[x509.Certificate, list[x509.Certific
     return chain[0], chain[1:]
 
 
-def _parse_object(
-    raw: bytes, failure: type[AttestationFailed] | type[ChallengeFailed]
-) -> dict[str, Any]:
+def _parse_object(raw: bytes, failure: type[AttestationFailed | ChallengeFailed]) -> dict[str, Any]:
     if len(raw) > MAX_PAYLOAD_BYTES:
         raise failure(detail="too large")
     try:
@@ -241,7 +239,7 @@ def _parse_object(
 
 
 def _bytes_of(
-    value: dict[str, Any], key: str, failure: type[AttestationFailed] | type[ChallengeFailed]
+    value: dict[str, Any], key: str, failure: type[AttestationFailed | ChallengeFailed]
 ) -> bytes:
     text = value.get(key)
     if not isinstance(text, str):

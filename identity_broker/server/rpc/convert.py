@@ -19,13 +19,6 @@ from identity_api.broker.v1 import (
     node_pb2,
     types_pb2,
 )
-from identity_ca.authority import Authority, AuthorityKind, AuthorityState
-from identity_ca.bundle import TrustBundle
-from identity_ca.errors import SpiffeIdError
-from identity_ca.issuer import X509Credential
-from identity_ca.jwt import JwtCredential
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
-
 from identity_broker.domain.credential import (
     Credential,
     CredentialKind,
@@ -50,6 +43,12 @@ from identity_broker.errors import (
     PageTokenInvalid,
 )
 from identity_broker.lifecycle.authorize import Check
+from identity_ca.authority import Authority, AuthorityKind, AuthorityState
+from identity_ca.bundle import TrustBundle
+from identity_ca.errors import SpiffeIdError
+from identity_ca.issuer import X509Credential
+from identity_ca.jwt import JwtCredential
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 _MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z: the last time X.509 can write
 MAX_BATCH = 500
@@ -411,11 +410,9 @@ def to_credential(credential: Credential) -> credential_pb2.CredentialRecord:
     )
 
 
-def to_reason(
-    reason: RevocationReason | None,
-) -> credential_pb2.RevocationReason:
-    """A revocation reason's value on the wire; the numbers are RFC 5280's."""
-    return credential_pb2.RevocationReason.ValueType(int(reason or 0))  # type: ignore[return-value]
+def to_reason(reason: RevocationReason | None) -> credential_pb2.RevocationReason.ValueType:
+    """A revocation reason's value on the wire; the numbers are RFC 5280's on both sides."""
+    return credential_pb2.RevocationReason.ValueType(int(reason or 0))
 
 
 def from_reason(value: int) -> RevocationReason:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
 from sqlalchemy import Connection
@@ -24,6 +26,7 @@ class Repositories:
     """Everything one transaction can do."""
 
     def __init__(self, connection: Connection, now: datetime) -> None:
+        self._connection = connection
         self.outbox = OutboxRepository(connection)
         self.entries = EntryRepository(connection, self.outbox, now)
         self.nodes = NodeRepository(connection, self.outbox)
@@ -32,6 +35,12 @@ class Repositories:
         self.authorities = AuthorityRepository(connection, self.outbox)
         self.audit = AuditRepository(connection)
         self.retention = RetentionRepository(connection)
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Undo what the block did, and that alone, when it raises: one item of a batch."""
+        with self._connection.begin_nested():
+            yield
 
 
 __all__ = [

@@ -61,6 +61,12 @@ class JoinTokenRepository:
         )
         raise JoinTokenRejected(detail=f"the join token of {token.node_id} was {state}")
 
+    def release(self, token_hash: str) -> None:
+        """Make a used token usable again: no node came of it. An unknown one is let be."""
+        self._connection.execute(
+            update(join_tokens).where(join_tokens.c.token_hash == token_hash).values(used_at=None)
+        )
+
     def purge(self, now: datetime) -> int:
         """Remove tokens that have expired, used or not; return how many."""
         gone = self._connection.execute(

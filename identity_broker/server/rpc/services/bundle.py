@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from identity_api.broker.v1 import bundle_pb2 as pb
-from identity_ca.bundle import TrustBundle
-
 from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.watch import subscription
 from identity_broker.signing import Signing
+from identity_ca.bundle import TrustBundle
 
 
 class BundleService:

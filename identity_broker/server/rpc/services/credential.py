@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 
 from identity_api.broker.v1 import credential_pb2 as pb
-
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.revoke import Revoke
@@ -51,9 +50,7 @@ class CredentialService:
             next_page_token=convert.to_page_token(page.next_key),
         )
 
-    async def get(
-        self, request: pb.GetCredentialRequest, _call: Call
-    ) -> pb.GetCredentialResponse:
+    async def get(self, request: pb.GetCredentialRequest, _call: Call) -> pb.GetCredentialResponse:
         """Return one credential."""
         if not request.id:
             raise MalformedRequest("id is required")

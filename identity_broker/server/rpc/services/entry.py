@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 from identity_api.broker.v1 import entry_pb2 as pb
 from identity_api.broker.v1 import types_pb2
-
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.errors import (
     BrokerError,
@@ -55,16 +54,12 @@ class EntryService:
     ) -> pb.BatchCreateEntryResponse:
         """Create entries, each with its own status."""
         convert.from_batch(request.entries, "entries")
-        parsed = [
-            _parsed(lambda item=item: convert.from_entry(item, item.id or new_entry_id()))
-            for item in request.entries
-        ]
+        parsed = [_parsed(item) for item in request.entries]
         good = [entry for entry in parsed if isinstance(entry, RegistrationEntry)]
         created = iter(await self._entries.create(good, call.caller) if good else ())
         return pb.BatchCreateEntryResponse(
             results=[
-                _result(item if isinstance(item, BrokerError) else next(created))
-                for item in parsed
+                _result(item if isinstance(item, BrokerError) else next(created)) for item in parsed
             ]
         )
 
@@ -73,14 +68,7 @@ class EntryService:
     ) -> pb.BatchUpdateEntryResponse:
         """Change entries, each with its own status."""
         convert.from_batch(request.items, "items")
-        changes = [
-            (
-                item.entry.id,
-                item.entry.revision,
-                lambda stored, item=item: convert.from_update(stored, item.entry, item.fields),
-            )
-            for item in request.items
-        ]
+        changes = [(item.entry.id, item.entry.revision, _change(item)) for item in request.items]
         results = await self._entries.update(changes, call.caller)
         return pb.BatchUpdateEntryResponse(results=[_result(item) for item in results])
 
@@ -171,11 +159,17 @@ class EntryService:
         return response
 
 
-def _parsed(parse: Callable[[], RegistrationEntry]) -> RegistrationEntry | BrokerError:
+def _parsed(message: types_pb2.RegistrationEntry) -> RegistrationEntry | BrokerError:
     try:
-        return parse()
+        return convert.from_entry(message, message.id or new_entry_id())
     except BrokerError as error:
         return error
+
+
+def _change(
+    item: pb.BatchUpdateEntryRequest.Item,
+) -> Callable[[RegistrationEntry], RegistrationEntry]:
+    return lambda stored: convert.from_update(stored, item.entry, item.fields)
 
 
 def _result(result: RegistrationEntry | BrokerError) -> pb.EntryResult:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from identity_api.broker.v1 import node_pb2 as pb
-
 from identity_broker.registry.nodes import Nodes
 from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call

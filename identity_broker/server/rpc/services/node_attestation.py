@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from identity_api.broker.v1 import node_attestation_pb2 as pb
-
 from identity_broker.errors import ChallengeFailed, MalformedRequest
 from identity_broker.lifecycle.attest import Admission, Attest
 from identity_broker.lifecycle.rotate import RotateNode

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from identity_api.broker.v1 import svid_pb2, types_pb2
-from identity_ca.spiffe_id import SpiffeId
-
 from identity_broker.domain.grant import Grant
 from identity_broker.errors import BrokerError, Unauthenticated
 from identity_broker.lifecycle.authorize import Authorize
@@ -16,6 +14,7 @@ from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.status import item_status
+from identity_ca.spiffe_id import SpiffeId
 
 I = TypeVar("I")  # noqa: E741
 O = TypeVar("O")  # noqa: E741

@@ -1,0 +1,400 @@
+"""The composition root: every part of the broker, built by hand, top to bottom.
+
+- Telemetry → store → signing → directory → verbs → services → jobs → listeners; closed in reverse.
+- A part is given what it needs and nothing else; there is no container and no global.
+- The broker is ready when all listeners are bound, and says so by calling `ready`.
+- It stops by draining: no new calls, a grace for running ones, the ledger flushed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from identity_broker.config.settings import LimitSettings, Settings
+from identity_broker.domain.clock import Clock, SystemClock
+from identity_broker.errors import AuthorityUnavailable, BrokerError
+from identity_broker.lifecycle.attest import Attest
+from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
+from identity_broker.lifecycle.directory import Directory, Update
+from identity_broker.lifecycle.issue import Issue
+from identity_broker.lifecycle.record import Record
+from identity_broker.lifecycle.revoke import Revoke
+from identity_broker.lifecycle.rotate import (
+    AuthorityPolicy,
+    RotateAuthorities,
+    RotateNode,
+    RotateServer,
+)
+from identity_broker.registry.entries import Entries
+from identity_broker.registry.nodes import Nodes
+from identity_broker.server.backends import build_attestors, build_backends
+from identity_broker.server.http.app import build_app
+from identity_broker.server.http.listener import HttpListener
+from identity_broker.server.http.readiness import Readiness
+from identity_broker.server.jobs import Job, Jobs
+from identity_broker.server.refusals import Refusals
+from identity_broker.server.rpc.health import Health
+from identity_broker.server.rpc.limits import RateLimiter
+from identity_broker.server.rpc.listener import BootstrapListener, LocalListener, MtlsListener
+from identity_broker.server.rpc.methods import Rate, RateName
+from identity_broker.server.rpc.pipeline import ServiceFunction, build_handlers
+from identity_broker.server.rpc.reflection import reflection_services, service_names
+from identity_broker.server.rpc.services.authority import AuthorityService
+from identity_broker.server.rpc.services.bundle import BundleService
+from identity_broker.server.rpc.services.credential import CredentialService
+from identity_broker.server.rpc.services.entry import EntryService
+from identity_broker.server.rpc.services.node import NodeService
+from identity_broker.server.rpc.services.node_attestation import NodeAttestationService
+from identity_broker.server.rpc.services.svid import SvidService
+from identity_broker.server.trust import Trust
+from identity_broker.signing import Signing
+from identity_broker.store import Repositories, Store
+from identity_broker.telemetry.logs import get_logger
+from identity_broker.telemetry.metrics import Metrics
+from identity_ca.authority import AuthorityKind
+
+_log = get_logger("broker")
+
+_10S: Final = timedelta(seconds=10)
+_30S: Final = timedelta(seconds=30)
+_OUTBOX_KEPT: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class BoundAddresses:
+    """Where the broker listens, free ports resolved."""
+
+    address: str
+    bootstrap_address: str
+    http_address: str
+    admin_socket: Path
+
+
+async def run_broker(
+    settings: Settings,
+    *,
+    ready: Callable[[BoundAddresses], None] | None = None,
+    stop: asyncio.Event | None = None,
+    clock: Clock | None = None,
+) -> None:
+    """Run a broker until `stop` is set (or the task is cancelled).
+
+    Args:
+        ready: called once, when every listener is bound.
+
+    Raises:
+        ConfigError: the settings name something that cannot be used.
+        StoreUnavailable, SigningBackendUnavailable: a dependency is away at the start.
+    """
+    stop = stop or asyncio.Event()
+    async with AsyncExitStack() as resources:
+        broker = await Broker.build(settings, clock or SystemClock(), resources)
+        addresses = await broker.serve(resources)
+        if ready is not None:
+            ready(addresses)
+        _log.info("ready", trust_domain=str(settings.server.trust_domain))
+        await stop.wait()
+        _log.info("draining", timeout_s=settings.server.drain_timeout.total_seconds())
+
+
+class Broker:
+    """All parts, built. Made by `build`; `serve` opens the doors."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+        store: Store,
+        signing: Signing,
+        directory: Directory,
+        record: Record,
+        rotate_authorities: RotateAuthorities,
+        rotate_server: RotateServer,
+        trust: Trust,
+        gate: Gate,
+        services: Mapping[str, ServiceFunction],
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._store = store
+        self._signing = signing
+        self._directory = directory
+        self._record = record
+        self._rotate_authorities = rotate_authorities
+        self._rotate_server = rotate_server
+        self._trust = trust
+        self._gate = gate
+        self._services = services
+        self._refusals = Refusals(store, clock)
+        self._stopping = asyncio.Event()
+        self._health = Health(service_names(services))
+        self._readiness = Readiness(self._checks(), metrics)
+        self._following: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def build(cls, settings: Settings, clock: Clock, resources: AsyncExitStack) -> Broker:
+        """Build every part, in order; `resources` closes them in reverse."""
+        trust_domain = settings.server.trust_domain
+        metrics = Metrics()
+
+        store = Store(settings.database_url, clock=clock)
+        resources.push_async_callback(store.close)
+        await store.migrate()
+
+        backends = build_backends(settings, resources.enter_context(ExitStack()))
+        signing = Signing(
+            trust_domain=trust_domain,
+            keys=backends.keys,
+            upstream=backends.upstream,
+            refresh_hint=settings.bundle.refresh_hint,
+        )
+        resources.push_async_callback(signing.close)
+
+        directory = Directory(store, trust_domain, clock)
+        await directory.load()
+
+        ttl = TtlPolicy(
+            x509=settings.svid.x509_ttl,
+            jwt=settings.svid.jwt_ttl,
+            node=settings.svid.node_ttl,
+            max_x509=settings.svid.max_x509_ttl,
+            max_jwt=settings.svid.max_jwt_ttl,
+        )
+        authorize = Authorize(directory, trust_domain, ttl, clock)
+        record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
+        issue = Issue(signing, record, clock)
+        revoke = Revoke(store, directory, clock, issue.settled)
+        attest = Attest(
+            attestors=build_attestors(settings, store, clock),
+            authorize=authorize,
+            issue=issue,
+            store=store,
+            directory=directory,
+            clock=clock,
+        )
+        rotate_node = RotateNode(
+            authorize=authorize, issue=issue, store=store, directory=directory, clock=clock
+        )
+        rotate_authorities = RotateAuthorities(
+            signing=signing,
+            store=store,
+            policy=AuthorityPolicy(
+                x509_algorithm=settings.ca.key_algorithm,
+                x509_ttl=settings.ca.x509_ca_ttl,
+                jwt_algorithm=settings.ca.jwt_key_algorithm,
+                jwt_ttl=settings.ca.jwt_key_ttl,
+                refresh_hint=settings.bundle.refresh_hint,
+            ),
+            clock=clock,
+        )
+        rotate_server = RotateServer(authorize=authorize, issue=issue, clock=clock)
+        trust = Trust(signing, rotate_server, settings.server.bundle_file)
+
+        await rotate_authorities.start()
+        await rotate_server.run()
+        trust.publish()
+
+        entries = Entries(store, directory, trust_domain, clock)
+        nodes = Nodes(store, revoke, trust_domain, clock)
+        services: dict[str, ServiceFunction] = {}
+        for service in (
+            NodeAttestationService(attest, rotate_node, signing),
+            SvidService(authorize, issue),
+            EntryService(entries, authorize, directory),
+            NodeService(nodes),
+            BundleService(signing, trust.listen),
+            CredentialService(store, revoke, directory),
+            AuthorityService(signing),
+        ):
+            services.update(service.functions())
+        return cls(
+            settings=settings,
+            clock=clock,
+            metrics=metrics,
+            store=store,
+            signing=signing,
+            directory=directory,
+            record=record,
+            rotate_authorities=rotate_authorities,
+            rotate_server=rotate_server,
+            trust=trust,
+            gate=Gate(directory, trust_domain, clock, admin_gid=settings.server.admin_gid),
+            services=services,
+        )
+
+    async def serve(self, resources: AsyncExitStack) -> BoundAddresses:
+        """Follow the change feed, start the jobs and open the doors.
+
+        Raises:
+            ConfigError: an address cannot be bound.
+        """
+        self._directory.listen(self._on_update)
+        self._spawn(self._directory.follow())
+        resources.push_async_callback(self._end_following)
+        jobs = Jobs(self._job_table())
+        jobs.start()
+        resources.callback(jobs.stop)
+        http = HttpListener(
+            self._settings.server.http_address,
+            build_app(
+                readiness=self._readiness,
+                metrics=self._metrics,
+                bundle=lambda: self._signing.bundle,
+                stopping=self._stopping.is_set,
+            ),
+        )
+        await http.start()
+        resources.push_async_callback(http.stop, self._settings.server.drain_timeout)
+        addresses = await self._open_listeners(resources, http.address)
+        self._health.set_all(True)
+        resources.push_async_callback(self._drain)
+        return addresses
+
+    async def _open_listeners(self, resources: AsyncExitStack, http_address: str) -> BoundAddresses:
+        server = self._settings.server
+        local = LocalListener(
+            server.admin_socket,
+            gid=server.admin_gid,
+            on_count=self._metrics.local_connections.set,
+        )
+        mtls = MtlsListener(server.address, current_tls=self._trust.tls)
+        bootstrap = BootstrapListener(server.bootstrap_address, current_tls=self._trust.tls)
+        limiter = RateLimiter(_rates(self._settings.limits))
+        services = {**self._services, **self._health.services()}
+        services.update(reflection_services(services))
+        for listener in (local, mtls, bootstrap):
+            await listener.start(
+                build_handlers(
+                    services,
+                    listener=listener.kind,
+                    authenticate=self._gate.authenticate,
+                    limiter=limiter,
+                    metrics=self._metrics,
+                    log=get_logger("rpc"),
+                    stopping=self._stopping,
+                    local_peers=local,
+                    on_refused=self._refusals.put,
+                )
+            )
+            resources.push_async_callback(listener.stop, server.drain_timeout)
+        return BoundAddresses(
+            address=mtls.address,
+            bootstrap_address=bootstrap.address,
+            http_address=http_address,
+            admin_socket=server.admin_socket,
+        )
+
+    # --- what happens by itself -----------------------------------------------------------------
+
+    def _job_table(self) -> list[Job]:
+        settings = self._settings
+        return [
+            Job("refusals", timedelta(seconds=1), self._refusals.flush),
+            Job("dependencies", timedelta(seconds=5), self._probe),
+            Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
+            Job("authorities", min(_30S, settings.ca.x509_ca_ttl / 24), self._rotate),
+            Job("sweep", min(_30S, settings.ledger.unconfirmed_after / 2), self._record.sweep),
+            Job("expire", timedelta(minutes=1), self._expire),
+            Job("retain", timedelta(hours=1), self._retain),
+        ]
+
+    async def _renew_server(self) -> None:
+        if await self._rotate_server.run():
+            self._trust.publish()
+
+    async def _rotate(self) -> None:
+        if await self._rotate_authorities.run():
+            self._trust.publish()
+
+    async def _expire(self) -> None:
+        await self._record.expire()
+        self._directory.forget_expired()
+
+    async def _retain(self) -> None:
+        before = self._clock.now() - self._settings.ledger.retain_expired
+        now = self._clock.now()
+
+        def purge(repos: Repositories) -> None:
+            repos.retention.purge_credentials(before)
+            repos.join_tokens.purge(now)
+            repos.retention.purge_outbox(_OUTBOX_KEPT)
+
+        await self._store.write(purge)
+
+    async def _probe(self) -> None:
+        report = await self._readiness.report()
+        self._health.set_all(report.ready)
+        self._metrics.directory_entries.set(self._directory.entry_count())
+        self._metrics.directory_sequence.set(self._directory.seq)
+
+    def _checks(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        return {
+            "store": self._store.check,
+            "signing_backend": self._signing.check_keys,
+            "authority": self._check_authority,
+        }
+
+    async def _check_authority(self) -> None:
+        """An active X.509 and JWT authority, with some life left.
+
+        Raises:
+            AuthorityUnavailable: there is none.
+        """
+        authorities = self._signing.authorities
+        now = self._clock.now()
+        for kind, active in (
+            (AuthorityKind.X509, authorities.x509_set.active),
+            (AuthorityKind.JWT, authorities.jwt_set.active),
+        ):
+            if active is None or active.not_after <= now:
+                raise AuthorityUnavailable(f"no {kind.value} authority is active")
+
+    def _on_update(self, update: Update) -> None:
+        for revocation in update.revocations:
+            self._metrics.revoked_total.labels(revocation.kind.value).inc()
+        if update.authorities_changed:
+            # Another broker on the same store rotated: put its authorities into force here.
+            self._spawn(self._reinstall())
+
+    async def _reinstall(self) -> None:
+        try:
+            await self._rotate_authorities.install()
+            self._trust.publish()
+        except BrokerError as error:
+            _log.error("authorities not taken over", reason=error.reason, detail=error.detail)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _end_following(self) -> None:
+        tasks = tuple(self._following)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        self._health.set_all(False)
+        self._stopping.set()
+        with suppress(BrokerError):
+            await self._refusals.flush()
+
+
+def _rates(limits: LimitSettings) -> dict[RateName, Rate]:
+    return {
+        RateName.ATTEST: Rate(limits.attest_per_second, limits.attest_burst),
+        RateName.ISSUE: Rate(limits.issue_per_second, limits.issue_burst),
+        RateName.READ: Rate(limits.read_per_second, limits.read_burst),
+        RateName.WRITE: Rate(limits.write_per_second, limits.write_burst),
+        RateName.WATCH: Rate(limits.watch_per_second, limits.watch_burst),
+    }
