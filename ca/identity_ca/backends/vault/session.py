@@ -51,8 +51,8 @@ _LONGEST_RATE_LIMIT_WAIT: Final = 1.0
 _HEALTH_STATUSES: Final = frozenset({200, 429, 472, 473, 501, 503})
 _NO_LEADER: Final = re.compile(r"active cluster node not found|not active|no active", re.IGNORECASE)
 _SEALED: Final = re.compile(r"\bsealed\b", re.IGNORECASE)
-# Transit answers 500 for a version that is not there; that is no outage.
-_CALLERS_FAULT: Final = re.compile(r"key version", re.IGNORECASE)
+# Transit and PKI answer 500 for a version or an issuer that is not there; that is no outage.
+_CALLERS_FAULT: Final = re.compile(r"key version|unable to find PKI issuer", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
