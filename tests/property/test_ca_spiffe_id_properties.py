@@ -12,11 +12,12 @@ import string
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from identity_ca.errors import SpiffeIdError
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from spiffe import SpiffeId as TheirSpiffeId
 from spiffe import TrustDomain as TheirTrustDomain
 from spiffe.errors import PySpiffeError
+
+from identity_ca.errors import SpiffeIdError
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 segments = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=12).filter(
     lambda text: text not in (".", "..")

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from identity_ca.authority_certificate import issuer_facts
 from identity_ca.crl import RevokedEntry, build_crl
 from identity_ca.der import encode_integer, encode_oid
@@ -29,7 +30,7 @@ serials = st.integers(1, (1 << 159) - 1)
 moments = st.datetimes(
     datetime(1951, 1, 1),
     datetime(2120, 1, 1),
-    timezones=st.just(UTC),  # noqa: DTZ001
+    timezones=st.just(UTC),
 ).map(lambda moment: moment.replace(microsecond=0))
 segments = st.text(string.ascii_letters + string.digits, min_size=1, max_size=200)
 ids = st.lists(segments, min_size=1, max_size=8).map(

@@ -13,13 +13,18 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from identity_ca.authority_certificate import build_root
+
+from identity_ca.authority_certificate import (
+    build_intermediate_csr,
+    build_root,
+    sign_intermediate,
+)
 from identity_ca.bundle import TrustBundle
 from identity_ca.issuer import X509Credential, X509Issuer
 from identity_ca.keys import KeyAlgorithm, LocalSigningKey, signature_hash
 from identity_ca.profile import WORKLOAD, X509Profile
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
-from support.ca_material import NOW, TRUST_DOMAIN, WORKLOAD_ID, intermediate, signing_key
+from support.ca_material import NOW, TRUST_DOMAIN, WORKLOAD_ID, signing_key
 
 HOUR = timedelta(hours=1)
 WORKLOAD_KEY = 90  # nth keys of signing_key, apart from the ones that are CAs
@@ -79,6 +84,27 @@ def weak_requests() -> dict[str, bytes]:
     }
 
 
+def intermediate_of(
+    key: LocalSigningKey,
+    *,
+    issuer_key: LocalSigningKey,
+    issuer: x509.Certificate,
+    trust_domain: TrustDomain = TRUST_DOMAIN,
+    ttl: timedelta = timedelta(days=30),
+    now: datetime = NOW,
+) -> x509.Certificate:
+    """An intermediate for `key`, made the way the disk upstream makes it."""
+    request = build_intermediate_csr(key, trust_domain=trust_domain)
+    return sign_intermediate(
+        issuer_key=issuer_key,
+        issuer_certificate=issuer,
+        csr=request.public_bytes(Encoding.DER),
+        trust_domain=trust_domain,
+        ttl=ttl,
+        now=now,
+    )
+
+
 @dataclass(frozen=True)
 class Hierarchy:
     """A root, an intermediate below it, and the issuer that signs with the intermediate."""
@@ -119,17 +145,9 @@ def hierarchy(
     root = build_root(
         root_key, trust_domain=trust_domain, ttl=timedelta(days=365), now=now, path_length=1
     )
-    if trust_domain == TRUST_DOMAIN:
-        below = intermediate(ca_key, issuer_key=root_key, issuer=root, now=now)
-    else:
-        below = forge(
-            subject="ca",
-            key=ca_key,
-            issuer=root,
-            issuer_key=root_key,
-            extensions=ca_extensions(trust_domain=trust_domain),
-            now=now,
-        )
+    below = intermediate_of(
+        ca_key, issuer_key=root_key, issuer=root, trust_domain=trust_domain, now=now
+    )
     issuer = X509Issuer(authority_id="x509-1", trust_domain=trust_domain, key=ca_key, chain=[below])
     bundle = TrustBundle(trust_domain, x509_authorities=(root.public_bytes(Encoding.DER),))
     return Hierarchy(root, below, issuer, bundle)

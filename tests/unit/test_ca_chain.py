@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+
 from identity_ca.bundle import TrustBundle
 from identity_ca.chain import verify_x509_svid
 from identity_ca.errors import ChainRejected

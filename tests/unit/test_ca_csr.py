@@ -6,6 +6,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
 from identity_ca.csr import MAX_CSR_BYTES, parse_csr
 from identity_ca.errors import CsrRejected, KeyTooWeak
 from identity_ca.keys import KeyAlgorithm, key_fingerprint, spki_der

@@ -9,6 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from identity_ca.authority_certificate import build_root
 from identity_ca.errors import (
     CsrRejected,
@@ -331,7 +332,7 @@ def test_a_batch_keeps_its_order() -> None:
 
 
 def test_only_prepare_makes_one() -> None:
-    with pytest.raises(TypeError, match="only X509Issuer.prepare"):
+    with pytest.raises(TypeError, match=r"only X509Issuer\.prepare"):
         PreparedX509(
             object(),
             authority_id="x509-1",

@@ -6,6 +6,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, rsa, x25519
+
 from identity_ca.errors import KeyTooWeak
 from identity_ca.keys import (
     KeyAlgorithm,

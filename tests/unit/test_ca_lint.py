@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from identity_ca.authority_certificate import issuer_facts
 from identity_ca.errors import LintFailed
 from identity_ca.keys import KeyAlgorithm, spki_der
@@ -26,11 +27,10 @@ from support.ca import (
     key_usage,
     leaf_extensions,
     replaced,
-    uri_san,
     without,
     workload_key,
 )
-from support.ca_material import NOW, TRUST_DOMAIN, WORKLOAD_ID, signing_key
+from support.ca_material import NOW, TRUST_DOMAIN, WORKLOAD_ID
 
 BELOW = hierarchy()
 FACTS = issuer_facts(BELOW.intermediate, BELOW.issuer.key)

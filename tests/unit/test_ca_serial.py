@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from identity_ca.serial import SERIAL_OCTETS, new_jti, new_serial, serial_hex
 from support.ca_material import NOW
 

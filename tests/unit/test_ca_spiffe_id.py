@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-import identity_ca
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+import identity_ca
 from identity_ca.errors import SpiffeIdError
 from identity_ca.spiffe_id import MAX_ID_BYTES, SpiffeId, TrustDomain
 from support.ca import hierarchy
@@ -78,7 +79,7 @@ def test_id_2_no_user_no_port_no_empty_host(text: str) -> None:
         "example.org\x00",
         "[::1]",
         "example,org",
-        "ｅxample.org",
+        "\uff45xample.org",
     ],
 )
 def test_id_3_host_is_lower_case_and_of_few_characters(name: str) -> None:
