@@ -51,7 +51,7 @@ class Failure:
         return document
 
     def _to_json(self) -> str:
-        return json.dumps({"error": self.to_document()}, indent=2)
+        return json.dumps({"error": self.to_document()})
 
     def _to_text(self) -> str:
         lines = [f"{paint('error:', Style.BAD, sys.stderr)} {clean(self.message)}"]

@@ -45,16 +45,23 @@ class EmbeddedOpenBao:
         port: of the API; None takes the one used last time, or a free one.
         tls: PEM files (certificate, key) for a second listener, `tls_address`; for the tests of
             TLS and of the auth method `cert`.
+        before_exec: run in the child between fork and exec; see `lifeline`.
 
     Usable as a context manager; `start` and `stop` may be called repeatedly.
     """
 
     def __init__(
-        self, directory: Path, *, port: int | None = None, tls: tuple[Path, Path] | None = None
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        tls: tuple[Path, Path] | None = None,
+        before_exec: Callable[[], None] | None = None,
     ) -> None:
         self._directory = directory.absolute()
         self._wanted_port = port
         self._tls = tls
+        self._before_exec = before_exec
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._secrets: dict[str, str] | None = None
@@ -218,6 +225,7 @@ class EmbeddedOpenBao:
                 env={"PATH": os.defpath, "HOME": str(self._directory)},
                 # Ctrl-C in a terminal reaches the whole group; the order of ending is ours.
                 start_new_session=True,
+                preexec_fn=self._before_exec,  # noqa: PLW1509 - does nothing but prctl
             )
         _write_private(self._pid_file, f"{self._process.pid}\n")
 

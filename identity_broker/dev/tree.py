@@ -1,0 +1,229 @@
+"""`idb dev`: one process tree on loopback, a real OpenBao and a broker that signs with it.
+
+- Order: claim the directory → OpenBao → provision → broker → dev.json. Stopping is the reverse.
+- dev.json is there exactly while everything answers.
+- When a part ends by itself, the rest is stopped, and the failure says which and why.
+- SIGTERM, SIGINT and SIGHUP end all of it within ten seconds; no child outlives this process.
+- The broker gets the least-privilege AppRole, its secret-id wrapped and new at every start;
+  OpenBao's root token never reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from identity_broker.dev.broker_process import BrokerProcess
+from identity_broker.dev.directory import CaKind, DevDirectory, DevSettings
+from identity_broker.dev.errors import DevChildEnded
+from identity_broker.dev.lifeline import tied_to_parent
+from identity_broker.dev.openbao import EmbeddedOpenBao
+from identity_broker.dev.state import FILE_NAME, DevState, write_private
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_WATCH_SECONDS = 0.5
+
+Say = Callable[[str], None]
+
+
+class DevTree:
+    """The processes of one `idb dev`.
+
+    Args:
+        path: the directory everything is kept in.
+        trust_domain: None takes the directory's own, or "dev.example.org".
+        ca: None takes the directory's own, or OpenBao.
+        say: told each step as it is done.
+    """
+
+    def __init__(
+        self, path: Path, *, trust_domain: str | None, ca: CaKind | None, say: Say
+    ) -> None:
+        self._directory = DevDirectory(path)
+        self._trust_domain = trust_domain
+        self._ca = ca
+        self._say = say
+        self._openbao: EmbeddedOpenBao | None = None
+        self._broker = BrokerProcess(self._directory.broker_config, self._directory.broker_log)
+
+    def run(self, on_ready: Callable[[DevState], None]) -> None:
+        """Start everything, call `on_ready`, and return when a signal ended all of it.
+
+        Raises:
+            DevRunning, DevDirectoryUnusable: the directory cannot be had.
+            DevChildEnded: a part did not start, or ended by itself.
+            ConfigError, SigningBackendUnavailable: OpenBao did not come up.
+        """
+        with _signals() as stopped:
+            try:
+                with self._directory:
+                    try:
+                        on_ready(self._start(stopped))
+                        self._watch(stopped)
+                    finally:
+                        self._stop()
+            except _Stopped:
+                self._say("stopped")
+
+    def _start(self, stopped: _StopSignal) -> DevState:
+        settings = self._directory.settle(self._trust_domain, self._ca)
+        openbao: Mapping[str, Any] = {}
+        if settings.ca is CaKind.OPENBAO:
+            openbao = self._start_openbao(settings, stopped)
+        started = time.monotonic()
+        socket_path = self._directory.admin_socket()
+        bundle_file = self._directory.broker_data / "bundle.pem"
+        config = _broker_config(settings, self._directory, socket_path, bundle_file, openbao)
+        write_private(self._directory.broker_config, to_toml(config))
+        bound = self._broker.start(on_wait=stopped.check)
+        self._directory.remember(settings, bound)
+        self._say(f"broker ready in {time.monotonic() - started:.1f} s")
+        state = DevState(
+            trust_domain=settings.trust_domain,
+            broker=bound,
+            openbao_address=self._openbao.address if self._openbao else "",
+            bundle_file=str(bundle_file),
+            pid=os.getpid(),
+        )
+        stopped.check()
+        state.write(self._directory.path)
+        return state
+
+    def _start_openbao(self, settings: DevSettings, stopped: _StopSignal) -> Mapping[str, Any]:
+        from identity_ca.backends.vault.provision import (  # noqa: PLC0415 - not with --ca local
+            admin_client,
+            provision,
+        )
+        from identity_ca.spiffe_id import TrustDomain  # noqa: PLC0415 - as above
+
+        started = time.monotonic()
+        self._openbao = EmbeddedOpenBao(self._directory.openbao, before_exec=tied_to_parent())
+        self._openbao.start()
+        self._say(f"OpenBao ready in {time.monotonic() - started:.1f} s, {self._openbao.address}")
+        stopped.check()
+        made = provision(
+            admin_client(self._openbao.address, self._openbao.root_token),
+            trust_domain=TrustDomain.parse(settings.trust_domain),
+        )
+        write_private(self._directory.role_id_file, made.role_id)
+        write_private(self._directory.wrapped_secret_id_file, made.wrapped_secret_id)
+        for change in made.changes:
+            self._say(f"  {change}")
+        stopped.check()
+        return {
+            "address": self._openbao.address,
+            "auth": "approle",
+            "role_id_file": str(self._directory.role_id_file),
+            "wrapped_secret_id_file": str(self._directory.wrapped_secret_id_file),
+        }
+
+    def _watch(self, stopped: _StopSignal) -> None:
+        while True:
+            stopped.wait(_WATCH_SECONDS)
+            ended = self._broker.ended()
+            if ended is not None:
+                raise ended
+            if self._openbao is not None and self._openbao.pid is None:
+                raise DevChildEnded("OpenBao ended", hint=f"its log: {self._openbao.log_file}")
+
+    def _stop(self) -> None:
+        """The broker first: it may still need OpenBao to finish what it is doing."""
+        (self._directory.path / FILE_NAME).unlink(missing_ok=True)
+        self._broker.stop()
+        if self._openbao is not None:
+            self._openbao.stop()
+
+
+class _Stopped(BaseException):
+    """A signal asked for the end; not an Exception, so that nothing takes it for a failure."""
+
+
+class _StopSignal:
+    """Whether a signal asked for the end, and a wait that it cuts short."""
+
+    def __init__(self, wake: socket.socket) -> None:
+        self._wake = wake
+        self.asked = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; the wake-up socket has been written to by the interpreter."""
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise when the end was asked for."""
+        if self.asked:
+            raise _Stopped
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal or the time; raise when the end was asked for."""
+        if select.select([self._wake], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                self._wake.recv(64)
+        self.check()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_StopSignal]:
+    """Turn the signals that end us, and a child's end, into something to wait for."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    stopped = _StopSignal(reader)
+    before_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, stopped.receive) for number in _STOP_SIGNALS}
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before_wakeup)
+        reader.close()
+        writer.close()
+
+
+def _broker_config(
+    settings: DevSettings,
+    directory: DevDirectory,
+    socket_path: Path,
+    bundle_file: Path,
+    openbao: Mapping[str, Any],
+) -> Mapping[str, Mapping[str, Any]]:
+    with_openbao = bool(openbao)
+    config: dict[str, Mapping[str, Any]] = {
+        "server": {
+            "trust_domain": settings.trust_domain,
+            "data_dir": str(directory.broker_data),
+            "address": settings.address,
+            "bootstrap_address": settings.bootstrap_address,
+            "http_address": settings.http_address,
+            "admin_socket": str(socket_path),
+            "bundle_file": str(bundle_file),
+            "drain_timeout": "3s",
+        },
+        "ca": {
+            "key_manager": "transit" if with_openbao else "file",
+            "upstream": "vault_pki" if with_openbao else "selfsigned",
+        },
+    }
+    if with_openbao:
+        config["openbao"] = openbao
+    return config
+
+
+def to_toml(config: Mapping[str, Mapping[str, Any]]) -> str:
+    """One table a section; values are texts. A JSON string is a TOML basic string."""
+    lines = ["# Written by idb dev at every start; changes are lost."]
+    for section, values in config.items():
+        lines += ["", f"[{section}]"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
