@@ -155,7 +155,7 @@ class RotatingContext(ssl.SSLContext):
         with self._building:
             self._alpn, self._generation = list(alpn_protocols), None
 
-    def wrap_socket(  # noqa: D102 - as in the standard library
+    def wrap_socket(
         self,
         sock: Any,
         server_side: bool = False,
@@ -172,7 +172,7 @@ class RotatingContext(ssl.SSLContext):
             server_hostname=server_hostname,
         )
 
-    def wrap_bio(  # noqa: D102 - as in the standard library
+    def wrap_bio(
         self,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,
@@ -251,8 +251,10 @@ class _Generation(ssl.SSLContext):
 
 
 class _CheckedSocket(ssl.SSLSocket):
-    """A socket that passes nothing before its peer was checked, and nothing after it was revoked."""
+    """A socket that passes nothing before its peer was checked nor after it was revoked."""
 
+    do_handshake_on_connect: bool  # set by the base class, and unknown to its stubs
+    suppress_ragged_eofs: bool
     _checked_peer: Peer | None = None
 
     @property

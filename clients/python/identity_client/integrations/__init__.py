@@ -1,0 +1,1 @@
+"""The SDK inside other people's frameworks, one module each; none is imported unasked."""

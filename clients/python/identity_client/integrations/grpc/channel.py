@@ -1,0 +1,188 @@
+"""A `grpc.Channel` whose connection follows rotation.
+
+- Multi-callables and stubs made once keep working: each call asks for the newest generation.
+- A call keeps its generation until it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+from spiffe import SpiffeId
+
+from identity_client.credential import IdentitySnapshot
+from identity_client.integrations.grpc.channel_arguments import (
+    channel_credentials,
+    channel_options,
+)
+from identity_client.rotation import Generation, Rotation
+from identity_client.tls import SnapshotSource
+
+__all__ = ["RotatingChannel", "secure_channel"]
+
+
+def secure_channel(
+    source: SnapshotSource,
+    target: str,
+    *,
+    peer: str | SpiffeId,
+    options: Sequence[tuple[str, Any]] | None = None,
+) -> RotatingChannel:
+    """A channel to the service at `target`, which must be exactly `peer`.
+
+    Calls raise `SourceError` while there is no identity to call with, and `grpc.RpcError` as ever.
+
+    Args:
+        source: whose identity to show.
+        target: as for `grpc.secure_channel`.
+        peer: the SPIFFE ID the server must have.
+        options: as for `grpc.secure_channel`; the verified name is not theirs to change.
+
+    Raises:
+        SettingsInvalid: `peer` is not a SPIFFE ID, or its trust domain not a DNS name.
+    """
+    return RotatingChannel(source, target, channel_options(peer, options))
+
+
+class RotatingChannel(grpc.Channel):
+    """See `secure_channel`."""
+
+    def __init__(
+        self, source: SnapshotSource, target: str, options: tuple[tuple[str, Any], ...]
+    ) -> None:
+        self._target = target
+        self._options = options
+        self._watchers: dict[Callable[..., None], bool] = {}
+        self._rotation: Rotation[grpc.Channel] = Rotation(
+            source.snapshot, self._open, grpc.Channel.close
+        )
+
+    def __repr__(self) -> str:
+        return f"RotatingChannel({self._target!r})"
+
+    @property
+    def draining(self) -> int:
+        """How many old connections still have calls under way."""
+        return self._rotation.draining
+
+    def subscribe(
+        self,
+        callback: Callable[[grpc.ChannelConnectivity], None],
+        try_to_connect: bool | None = False,
+    ) -> None:
+        """Tells `callback` of connectivity changes, of later generations too."""
+        generation = self._rotation.acquire()
+        try:
+            self._watchers[callback] = bool(try_to_connect)
+            generation.connection.subscribe(callback, bool(try_to_connect))
+        finally:
+            self._rotation.release(generation)
+
+    def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
+        """Ends a subscription."""
+        if self._watchers.pop(callback, None) is None:
+            return
+        generation = self._rotation.acquire()
+        try:
+            generation.connection.unsubscribe(callback)
+        finally:
+            self._rotation.release(generation)
+
+    def unary_unary(self, *arguments: Any, **keywords: Any) -> Any:
+        """As in grpc.Channel."""
+        return _BlockingCallable(self._rotation, "unary_unary", arguments, keywords)
+
+    def unary_stream(self, *arguments: Any, **keywords: Any) -> Any:
+        """As in grpc.Channel."""
+        return _StreamCallable(self._rotation, "unary_stream", arguments, keywords)
+
+    def stream_unary(self, *arguments: Any, **keywords: Any) -> Any:
+        """As in grpc.Channel."""
+        return _BlockingCallable(self._rotation, "stream_unary", arguments, keywords)
+
+    def stream_stream(self, *arguments: Any, **keywords: Any) -> Any:
+        """As in grpc.Channel."""
+        return _StreamCallable(self._rotation, "stream_stream", arguments, keywords)
+
+    def close(self) -> None:
+        """Closes every connection, calls under way included."""
+        self._rotation.close()
+
+    def __enter__(self) -> RotatingChannel:
+        return self
+
+    def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
+        self.close()
+
+    def _open(self, snapshot: IdentitySnapshot) -> grpc.Channel:
+        channel = grpc.secure_channel(self._target, channel_credentials(snapshot), self._options)
+        for callback, try_to_connect in self._watchers.items():
+            channel.subscribe(callback, try_to_connect)
+        return channel
+
+
+class _Callable:
+    """One method, on whichever generation a call gets."""
+
+    def __init__(
+        self,
+        rotation: Rotation[grpc.Channel],
+        kind: str,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> None:
+        self._rotation = rotation
+        self._kind = kind
+        self._arguments = arguments
+        self._keywords = keywords
+        self._made: tuple[Generation[grpc.Channel] | None, Any] = (None, None)
+
+    def _on(self, generation: Generation[grpc.Channel]) -> Any:
+        made_for, method = self._made
+        if made_for is not generation:
+            make = getattr(generation.connection, self._kind)
+            method = make(*self._arguments, **self._keywords)
+            self._made = (generation, method)
+        return method
+
+    def _start(self, begin: Callable[[Any], Any]) -> Any:
+        """Begins a call that ends later, and gives its generation back then."""
+        generation = self._rotation.acquire()
+        try:
+            call = begin(self._on(generation))
+        except BaseException:
+            self._rotation.release(generation)
+            raise
+        if not call.add_callback(lambda: self._rotation.release(generation)):
+            self._rotation.release(generation)  # It has ended already.
+        return call
+
+
+class _BlockingCallable(_Callable):
+    """unary_unary and stream_unary."""
+
+    def __call__(self, request: Any, *arguments: Any, **keywords: Any) -> Any:
+        generation = self._rotation.acquire()
+        try:
+            return self._on(generation)(request, *arguments, **keywords)
+        finally:
+            self._rotation.release(generation)
+
+    def with_call(self, request: Any, *arguments: Any, **keywords: Any) -> Any:
+        generation = self._rotation.acquire()
+        try:
+            return self._on(generation).with_call(request, *arguments, **keywords)
+        finally:
+            self._rotation.release(generation)
+
+    def future(self, request: Any, *arguments: Any, **keywords: Any) -> Any:
+        return self._start(lambda method: method.future(request, *arguments, **keywords))
+
+
+class _StreamCallable(_Callable):
+    """unary_stream and stream_stream."""
+
+    def __call__(self, request: Any, *arguments: Any, **keywords: Any) -> Any:
+        return self._start(lambda method: method(request, *arguments, **keywords))
