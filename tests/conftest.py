@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 pytest_plugins: list[str] = [
     # "support.<component>",
+    "support.broker",
     "support.line",
     "support.openbao",
 ]
