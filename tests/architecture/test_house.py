@@ -48,7 +48,7 @@ INDEX_HOSTS = re.compile(
     )
 )
 # Folders of whoever wrote it, not of whoever reads it.
-MACHINE_PATH = re.compile(r"(?<![\w.*-])/(?:home|root|Users|work)/[A-Za-z0-9_.-]+")
+MACHINE_PATH = re.compile(r"(?<![\w.*}-])/(?:home|root|Users|work)/[A-Za-z0-9_.-]+")
 SECRET = re.compile(r"-----BEGIN (?:EC |RSA |ENCRYPTED )?PRIVATE KEY-----\s*\n[A-Za-z0-9+/=]{20}")
 
 
