@@ -26,6 +26,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
+from cryptography.utils import CryptographyDeprecationWarning
 
 from identity_ca.errors import BundleRejected, SpiffeIdError
 from identity_ca.jose import (
@@ -341,9 +342,11 @@ def _integer(members: Mapping[str, Any], name: str, *, default: int) -> int:
 # --- keys and certificates ------------------------------------------------------------------
 
 # All that `cryptography` raises for bytes that are no certificate or key; most are no ValueError.
+# The warning is about serial numbers below 1, and an exception where warnings are errors.
 _UNREADABLE: Final = (
     ValueError,
     UnsupportedAlgorithm,
+    CryptographyDeprecationWarning,
     x509.DuplicateExtension,
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
@@ -372,6 +375,8 @@ def _ca_certificate(der: bytes, place: int) -> x509.Certificate:
         raise BundleRejected(f"X.509 authority {place} is not a readable certificate") from exc
     if not constraints.ca:
         raise BundleRejected(f"X.509 authority {place} is not a CA certificate")
+    if certificate.serial_number < 1:
+        raise BundleRejected(f"X.509 authority {place} has no positive serial number")
     return certificate
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from identity_ca.backends.file import FileKeyManager
 from identity_ca.backends.memory import MemoryKeyManager
 from identity_ca.keys import KeyAlgorithm

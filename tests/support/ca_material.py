@@ -13,15 +13,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.x509.oid import NameOID
+
 from identity_ca.authority import Authority, AuthorityKind, AuthorityState
-from identity_ca.authority_certificate import (
-    build_intermediate_csr,
-    build_root,
-    sign_intermediate,
-)
+from identity_ca.authority_certificate import build_root
 from identity_ca.bundle import JwtKey, TrustBundle
 from identity_ca.jwt import JwtIssuer
-from identity_ca.keys import KeyAlgorithm, LocalSigningKey, generate_private_key, spki_der
+from identity_ca.keys import (
+    KeyAlgorithm,
+    LocalSigningKey,
+    generate_private_key,
+    signature_hash,
+    spki_der,
+)
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 TRUST_DOMAIN = TrustDomain("example.org")
@@ -110,25 +114,6 @@ def write_private(path: Path, content: bytes) -> Path:
     return path
 
 
-def intermediate(
-    key: LocalSigningKey,
-    *,
-    issuer_key: LocalSigningKey,
-    issuer: x509.Certificate,
-    ttl: timedelta = timedelta(days=30),
-    now: datetime = NOW,
-) -> x509.Certificate:
-    request = build_intermediate_csr(key, trust_domain=TRUST_DOMAIN)
-    return sign_intermediate(
-        issuer_key=issuer_key,
-        issuer_certificate=issuer,
-        csr=request.public_bytes(serialization.Encoding.DER),
-        trust_domain=TRUST_DOMAIN,
-        ttl=ttl,
-        now=now,
-    )
-
-
 def authority(
     authority_id: str,
     kind: AuthorityKind = AuthorityKind.JWT,
@@ -169,9 +154,10 @@ def jws_sign(algorithm: str, private_key: Any, message: bytes) -> bytes:
     """A JWS signature, written here once more so that the tests do not check code with itself."""
     hash_ = _HASHES[algorithm[2:]]
     if algorithm.startswith("RS"):
-        return private_key.sign(message, padding.PKCS1v15(), hash_)
+        return bytes(private_key.sign(message, padding.PKCS1v15(), hash_))
     if algorithm.startswith("PS"):
-        return private_key.sign(message, padding.PSS(padding.MGF1(hash_), hash_.digest_size), hash_)
+        scheme = padding.PSS(padding.MGF1(hash_), hash_.digest_size)
+        return bytes(private_key.sign(message, scheme, hash_))
     octets = (private_key.curve.key_size + 7) // 8
     r, s = decode_dss_signature(private_key.sign(message, ec.ECDSA(hash_)))
     return r.to_bytes(octets, "big") + s.to_bytes(octets, "big")
@@ -202,3 +188,56 @@ def forge(
     ]
     signing_input = ".".join(parts)
     return f"{signing_input}.{b64url(jws_sign(algorithm, private_key, signing_input.encode()))}"
+
+
+# --- CAs of an organization that knows nothing of SPIFFE ----------------------------------------
+
+
+def foreign_ca(
+    name: str,
+    key: LocalSigningKey,
+    *,
+    below: tuple[x509.Certificate, LocalSigningKey] | None = None,
+    ca: bool = True,
+    path_length: int | None = None,
+    key_cert_sign: bool = True,
+    not_before: datetime = NOW - DAY,
+    not_after: datetime = NOW + 365 * DAY,
+) -> x509.Certificate:
+    """A CA certificate as any PKI makes it; self-signed, or `below` another one."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    issuer, issuer_key = (below[0].subject, below[1]) if below else (subject, key)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+        .add_extension(x509.BasicConstraints(ca, path_length if ca else None), critical=True)
+        .add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key),
+            critical=False,
+        )
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=not key_cert_sign,
+                content_commitment=False,
+                key_encipherment=False,
+                data_encipherment=False,
+                key_agreement=False,
+                key_cert_sign=key_cert_sign,
+                crl_sign=key_cert_sign,
+                encipher_only=False,
+                decipher_only=False,
+            ),
+            critical=True,
+        )
+    )
+    if below:
+        builder = builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key),
+            critical=False,
+        )
+    return builder.sign(issuer_key.as_private_key(), signature_hash(issuer_key.algorithm))

@@ -1,13 +1,13 @@
 """What every key manager does; a backend's test module subclasses `KeyManagerContract`.
 
-    class TestTransit(KeyManagerContract):
-        keys = (("x509", KeyAlgorithm.EC_P256), ("jwt", KeyAlgorithm.EC_P256))
+class TestTransit(KeyManagerContract):
+    keys = (("x509", KeyAlgorithm.EC_P256), ("jwt", KeyAlgorithm.EC_P256))
 
-        @pytest.fixture
-        def key_manager(self, ...) -> Iterator[KeyManager]: ...
+    @pytest.fixture
+    def key_manager(self, ...) -> Iterator[KeyManager]: ...
 
-        @pytest.fixture
-        def reopened(self, ...) -> KeyManager: ...      # the same storage, a new object
+    @pytest.fixture
+    def reopened(self, ...) -> KeyManager: ...      # the same storage, a new object
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
+
 from identity_ca.errors import BackendMisconfigured, KeyNotFound
 from identity_ca.keys import (
     KeyAlgorithm,

@@ -1,11 +1,11 @@
 """What every upstream authority does; a backend's test module subclasses `UpstreamContract`.
 
-    class TestVaultPki(UpstreamContract):
-        name = "vault_pki"
-        refusals = (UpstreamRejected,)
+class TestVaultPki(UpstreamContract):
+    name = "vault_pki"
+    refusals = (UpstreamRejected,)
 
-        @pytest.fixture
-        def upstream(self, ...) -> UpstreamAuthority: ...
+    @pytest.fixture
+    def upstream(self, ...) -> UpstreamAuthority: ...
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+
 from identity_ca.authority_certificate import build_intermediate_csr
 from identity_ca.bundle import TrustBundle
 from identity_ca.chain import verify_x509_svid
@@ -59,7 +60,9 @@ class UpstreamContract:
         return LocalSigningKey("memory:x509-1@1", generate_private_key(KeyAlgorithm.EC_P256))
 
     @pytest.fixture
-    def signed(self, upstream, key, now) -> SignedAuthority:
+    def signed(
+        self, upstream: UpstreamAuthority, key: LocalSigningKey, now: datetime
+    ) -> SignedAuthority:
         return upstream.certify(key, trust_domain=TRUST_DOMAIN, ttl=self.ttl, now=now)
 
     def test_it_is_called_by_its_name(self, upstream):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+
 from identity_ca.authority_certificate import build_root
 from identity_ca.bundle import (
     DEFAULT_REFRESH_HINT,
@@ -43,8 +45,8 @@ from support.ca_material import (
 )
 
 
-def a_bundle(**changes: object) -> TrustBundle:
-    members = {
+def a_bundle(**changes: Any) -> TrustBundle:
+    members: dict[str, Any] = {
         "trust_domain": TRUST_DOMAIN,
         "x509_authorities": (der(root_certificate()), der(root_certificate(nth=1))),
         "jwt_keys": (
@@ -58,21 +60,21 @@ def a_bundle(**changes: object) -> TrustBundle:
     return TrustBundle(**(members | changes))
 
 
-def document(**changes: object) -> dict:
+def document(**changes: Any) -> dict[str, Any]:
     """A good SPIFFE bundle, changed; None takes a member away."""
     good = json.loads(a_bundle().to_spiffe_json())
     return {k: v for k, v in (good | changes).items() if v is not None}
 
 
-def x509_jwk(**changes: object) -> dict:
+def x509_jwk(**changes: Any) -> dict[str, Any]:
     return changed(document()["keys"][0], changes)
 
 
-def jwt_jwk(**changes: object) -> dict:
+def jwt_jwk(**changes: Any) -> dict[str, Any]:
     return changed(document()["keys"][2], changes)
 
 
-def changed(jwk: dict, changes: dict) -> dict:
+def changed(jwk: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in (jwk | changes).items() if v is not None}
 
 
@@ -231,9 +233,7 @@ def test_a_certificate_listed_twice_counts_once():
 def test_j_12_only_jwt_svid_keys_validate_jwt_svids():
     token = forge({"alg": "ES256", "kid": "key-1"}, claims())
     anonymous = forge({"alg": "ES256"}, claims())
-    assert verify_jwt_svid(
-        token, bundle=read(document(keys=[jwt_jwk()])), audience="reports", now=NOW
-    )
+    verify_jwt_svid(token, bundle=read(document(keys=[jwt_jwk()])), audience="reports", now=NOW)
     for use in ("x509-svid", "wit-svid", "sig", "enc", "JWT-SVID", "jwt-svid ", "", None):
         bundle = read(document(keys=[jwt_jwk(use=use)]))
         assert bundle.jwt_keys == ()
@@ -365,7 +365,7 @@ def test_the_keys_of_a_bundle_do_validate():
     bundle = read(a_bundle().to_spiffe_json())
     assert verify_x509_svid(issued_chain(), bundle=bundle, now=NOW).spiffe_id == WORKLOAD_ID
     token = forge({"alg": "ES256", "kid": "key-1"}, claims())
-    assert verify_jwt_svid(token, bundle=bundle, audience="reports", now=NOW)
+    verify_jwt_svid(token, bundle=bundle, audience="reports", now=NOW)
 
 
 @pytest.mark.parametrize(
