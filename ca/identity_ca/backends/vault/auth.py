@@ -44,6 +44,7 @@ _JITTER: Final = 0.1
 _STILL_GROWING: Final = 0.9
 _RETRY_SECONDS: Final = 5.0
 _FAILED_LOGIN_SECONDS: Final = 1.0
+_LOGIN_STATUSES: Final = frozenset({400, 401, 403, 404, 405})
 _MAX_SECRET_BYTES: Final = 64 * 1024
 
 
@@ -119,9 +120,11 @@ class TokenAuth:
         except VaultRefused as exc:
             raise _login_refused(self.name, exc, "put a valid token into the file") from exc
         found = answer.get("data") or {}
+        # The time left is cut to whole seconds: 0 is a token about to end, unless it never ends.
+        ends = found.get("expire_time") is not None
         return Lease(
             token=token,
-            duration=float(found.get("ttl") or 0),
+            duration=max(float(found.get("ttl") or 0), 0.5) if ends else 0.0,
             renewable=bool(found.get("renewable")),
             owned=False,
         )
@@ -474,6 +477,8 @@ def _read_secret(path: Path, what: str) -> str:
 
 
 def _login_refused(method: str, exc: VaultRefused, hint: str) -> BackendMisconfigured:
+    if exc.status not in _LOGIN_STATUSES:
+        return exc  # TLS, redirects: said better where it happened
     return BackendMisconfigured(
         f'OpenBao refused the broker\'s login with auth method "{method}"',
         hint=hint,

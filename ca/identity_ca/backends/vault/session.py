@@ -51,8 +51,11 @@ _LONGEST_RATE_LIMIT_WAIT: Final = 1.0
 _HEALTH_STATUSES: Final = frozenset({200, 429, 472, 473, 501, 503})
 _NO_LEADER: Final = re.compile(r"active cluster node not found|not active|no active", re.IGNORECASE)
 _SEALED: Final = re.compile(r"\bsealed\b", re.IGNORECASE)
-# Transit and PKI answer 500 for a version or an issuer that is not there; that is no outage.
-_CALLERS_FAULT: Final = re.compile(r"key version|unable to find PKI issuer", re.IGNORECASE)
+# These are answered with 500 and are about the call: a version or an issuer that is not there, a
+# token that has reached its maximum.
+_CALLERS_FAULT: Final = re.compile(
+    r"key version|unable to find PKI issuer|cannot renew", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,11 @@ class VaultSession:
                 trouble = found
             pause = self._pause(trouble, attempt, deadline, repeat=repeat)
             if pause is None or self._closed.wait(pause):
-                self._breaker.failed(trouble)
+                if trouble.status == 500 and not (trouble.sealed or trouble.transient):
+                    # About this call, as far as anybody can tell; the next costs no waiting.
+                    self._breaker.succeeded()
+                else:
+                    self._breaker.failed(trouble)
                 raise trouble
             _logger.debug("openbao call repeated", extra={"path": path, "attempt": attempt})
 
