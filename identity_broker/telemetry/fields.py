@@ -14,7 +14,7 @@ FIELDS: Final = MappingProxyType(
         "event": "what happened, a constant",
         "level": "debug, info, warning, error, critical",
         "timestamp": "RFC 3339, UTC",
-        "logger": "which part of the broker",
+        "part": "which part of the broker",
         "exception": "traceback of a bug",
         # a call
         "method": "full gRPC method",

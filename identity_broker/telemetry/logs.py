@@ -72,7 +72,7 @@ def configure(
 
 def get_logger(name: str) -> FilteringBoundLogger:
     """A logger whose lines say which part of the broker they are from, such as "rpc"."""
-    return cast("FilteringBoundLogger", structlog.get_logger(logger=name))
+    return cast("FilteringBoundLogger", structlog.get_logger(part=name))
 
 
 def bind_call(correlation_id: str, method: str, caller: str = "") -> None:

@@ -62,6 +62,7 @@ Authenticate: TypeAlias = Callable[[ListenerKind, PeerCertificate | LocalPeer | 
 
 CORRELATION_KEY: Final = "x-correlation-id"
 RECHECK_SECONDS: Final = 1.0
+DEADLINE_PRECISION_SECONDS: Final = 0.1
 UNKNOWN_METHOD: Final = "unknown"
 _CORRELATION_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _WHO: Final = frozenset({Kind.UNAUTHENTICATED, Kind.DENIED})
@@ -118,6 +119,7 @@ class _Parts:
     local_peers: LocalPeers | None
     on_refused: Callable[[RefusedCall], None] | None
     certificates: PeerCertificates
+    deadlines: _Deadlines
     correlation_prefix: str
     counter: itertools.count[int]
 
@@ -156,6 +158,7 @@ def build_handlers(
         local_peers=local_peers,
         on_refused=on_refused,
         certificates=PeerCertificates(),
+        deadlines=_Deadlines(),
         correlation_prefix=secrets.token_hex(5),
         counter=itertools.count(1),
     )
@@ -243,7 +246,8 @@ class _Wrapper:
         started = time.perf_counter()
         correlation_id = self._begin(context)
         caller_name = peer = context.peer()
-        scope: asyncio.Timeout | None = None
+        deadlines = self._parts.deadlines
+        task = asyncio.current_task()
         try:
             caller, _ = self._authenticated(context, peer)
             caller_name = caller.name
@@ -252,20 +256,16 @@ class _Wrapper:
             self._charged(caller, peer, request)
             call = self._call(caller, correlation_id)
             function = cast("UnaryFunction", self._function)
-            limit = self._limit(context)
-            if limit is None:
-                response = await function(request, call)
-            else:
-                async with asyncio.timeout(limit) as scope:
-                    response = await function(request, call)
+            deadlines.begin(task, self._limit(context))
+            response = await function(request, call)
             answer = cast("bytes", response.SerializeToString())
         except BrokerError as exc:
             error = exc
         except asyncio.CancelledError:
-            self._ended.labels(self._name, CANCELLED).inc()
-            raise
-        except TimeoutError as exc:
-            error = self._late(exc, scope)
+            if not deadlines.expired(task):
+                self._ended.labels(self._name, CANCELLED).inc()
+                raise
+            error = DeadlineExceeded()
         except Exception as exc:  # noqa: BLE001  # becomes INTERNAL, logged with its traceback
             error = _bug(exc)
         else:
@@ -274,6 +274,8 @@ class _Wrapper:
             self._seconds.observe(elapsed)
             self._log_success("rpc", reason=OK, duration_ms=_milliseconds(elapsed))
             return answer
+        finally:
+            deadlines.end(task)
         self._refused(error, caller_name, peer, correlation_id, started)
         await context.abort(*abort_arguments(error, correlation_id))
         raise error  # pragma: no cover  # abort always raises
@@ -315,7 +317,9 @@ class _Wrapper:
             self._ended.labels(self._name, CANCELLED).inc()
             raise
         except TimeoutError as exc:
-            error = self._late(exc, scope)
+            # Ours; or one that somebody forgot to translate.
+            late = scope is not None and scope.expired()
+            error = DeadlineExceeded() if late else _bug(exc)
         except Exception as exc:  # noqa: BLE001  # becomes INTERNAL, logged with its traceback
             error = _bug(exc)
         else:
@@ -356,12 +360,6 @@ class _Wrapper:
         return self._deadline
 
     # --- errors, observe, audit ---------------------------------------------------------------
-
-    def _late(self, error: TimeoutError, scope: asyncio.Timeout | None) -> BrokerError:
-        """Our deadline passed; or a TimeoutError that somebody forgot to translate."""
-        if scope is not None and scope.expired():
-            return DeadlineExceeded()
-        return _bug(error)
 
     def _refused(
         self,
@@ -448,6 +446,51 @@ class _Wrapper:
         if messages is not None:
             async for raw in messages:
                 yield self._parsed(raw)
+
+
+class _Deadlines:
+    """Cancels unary calls that outlive their method's deadline.
+
+    One coarse timer for all calls: `asyncio.timeout` for each would cost more than the rest of
+    the pipeline, and a deadline of seconds does not need its precision.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[asyncio.Task[Any], float] = {}
+        self._late: set[asyncio.Task[Any]] = set()
+        self._armed = False
+
+    def begin(self, task: asyncio.Task[Any] | None, seconds: float | None) -> None:
+        """Watch the task; None seconds: no deadline."""
+        if seconds is None or task is None:
+            return
+        self._ends[task] = time.monotonic() + seconds
+        if not self._armed:
+            self._arm()
+
+    def end(self, task: asyncio.Task[Any] | None) -> None:
+        """Forget the task."""
+        self._ends.pop(cast("asyncio.Task[Any]", task), None)
+        if self._late:
+            self._late.discard(cast("asyncio.Task[Any]", task))
+
+    def expired(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether the CancelledError just caught was the deadline's and nobody else's."""
+        return task is not None and task in self._late and task.uncancel() == 0
+
+    def _arm(self) -> None:
+        self._armed = True
+        asyncio.get_running_loop().call_later(DEADLINE_PRECISION_SECONDS, self._tick)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for task in [task for task, end in self._ends.items() if end <= now]:
+            del self._ends[task]
+            self._late.add(task)
+            task.cancel()
+        self._armed = False
+        if self._ends:
+            self._arm()
 
 
 class _Recheck:
