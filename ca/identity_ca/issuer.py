@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -26,7 +25,7 @@ from identity_ca.keys import SigningKey
 from identity_ca.lint import BACKDATE, Expectations, lint_tbs
 from identity_ca.profile import X509Profile
 from identity_ca.serial import new_serial, serial_hex
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
+from identity_ca.spiffe_id import SpiffeId, TrustDomain, is_host_name
 from identity_ca.template import LeafTemplate, assemble
 
 __all__ = ["MIN_ISSUER_REMAINING", "PreparedX509", "X509Credential", "X509Issuer"]
@@ -34,11 +33,6 @@ __all__ = ["MIN_ISSUER_REMAINING", "PreparedX509", "X509Credential", "X509Issuer
 MIN_ISSUER_REMAINING: Final = timedelta(seconds=60)
 """An issuer with less than this left signs nothing: its leaves would be dead on arrival."""
 
-_DNS_NAME: Final = re.compile(
-    r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*"
-    r"(?![0-9]+\Z)[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?",
-    re.ASCII,
-)
 _MAKING: Final = object()
 
 
@@ -310,7 +304,7 @@ def _dns_sans(
         )
     reserved = f".svid.{spiffe_id.trust_domain}"
     for name in dns_names:
-        if _DNS_NAME.fullmatch(name) is None:
+        if not is_host_name(name):
             raise ProfileViolation(
                 "a DNS name must be a full host name in lower case, without wildcard"
             )

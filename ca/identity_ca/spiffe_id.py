@@ -19,7 +19,7 @@ from typing import Final
 
 from identity_ca.errors import SpiffeIdError
 
-__all__ = ["MAX_ID_BYTES", "MAX_TRUST_DOMAIN_BYTES", "SpiffeId", "TrustDomain"]
+__all__ = ["MAX_ID_BYTES", "MAX_TRUST_DOMAIN_BYTES", "SpiffeId", "TrustDomain", "is_host_name"]
 
 MAX_ID_BYTES: Final = 2048
 """Longest SPIFFE ID accepted or made, in bytes (SPIFFE-ID section 2.3)."""
@@ -72,8 +72,8 @@ class TrustDomain:
 
     @property
     def is_dns_name(self) -> bool:
-        """Whether the name is also a host name (LDH labels, last label not a number)."""
-        return len(self.name) <= _MAX_DNS_NAME and _DNS_NAME.fullmatch(self.name) is not None
+        """Whether the name is also a host name."""
+        return is_host_name(self.name)
 
     def __str__(self) -> str:
         return self.name
@@ -150,6 +150,15 @@ class SpiffeId:
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.trust_domain.name}{self.path}"
+
+
+def is_host_name(name: str) -> bool:
+    """Whether `name` can stand as a DNS SAN: lower case, letters, digits and hyphens, no wildcard.
+
+    At most 253 characters; the last label is not a number, so that no IPv4 address passes
+    (RFC 1123 section 2.1).
+    """
+    return len(name) <= _MAX_DNS_NAME and _DNS_NAME.fullmatch(name) is not None
 
 
 # Asked for twice on every issue (template and lint), and again at every renewal.
