@@ -285,6 +285,7 @@ class FaultProxy:
         self._server: _Server | None = None
         self._port = 0
         self.seen: list[Seen] = []
+        self.connections = 0
         self.start()
 
     @property
@@ -355,6 +356,7 @@ class _Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
+        self.proxy.connections += 1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

@@ -26,6 +26,8 @@ from urllib.parse import urlsplit
 import requests
 from hvac.adapters import RawAdapter
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError as Urllib3Error
+from urllib3.exceptions import TimeoutError as Urllib3TimeoutError
 
 from identity_ca.errors import BackendMisconfigured, BackendUnavailable
 
@@ -334,15 +336,22 @@ def _read(response: requests.Response, deadline: float) -> Reply:
     chunks: list[bytes] = []
     size = 0
     try:
-        for chunk in response.iter_content(64 * 1024):
+        # read1, not iter_content: that waits for a full chunk, so that an answer which drips in
+        # byte by byte would hold the caller for as long as it likes.
+        while chunk := response.raw.read1(64 * 1024, decode_content=True):
             chunks.append(chunk)
             size += len(chunk)
             if size > _MAX_ANSWER_BYTES:
                 raise VaultRefused("an answer of OpenBao is too large", status=response.status_code)
             if time.monotonic() > deadline:
                 raise VaultUnavailable("OpenBao did not answer in time")
-    except requests.RequestException as exc:
-        raise _no_answer(exc) from exc
+        response.raw.read()  # marks the answer as read to its end: the connection is used again
+    except Urllib3TimeoutError as exc:
+        raise VaultUnavailable("OpenBao did not answer in time") from exc
+    except (Urllib3Error, OSError) as exc:
+        raise VaultUnavailable(
+            "the connection to OpenBao broke", detail=type(exc).__name__, transient=True
+        ) from exc
     finally:
         # Keeps the connection when the body was read to its end, drops it otherwise.
         response.close()
@@ -396,9 +405,6 @@ def _no_answer(exc: requests.RequestException) -> VaultUnavailable | VaultRefuse
         return VaultUnavailable(
             "OpenBao cannot be reached", detail=detail, sent=False, transient=True
         )
-    if isinstance(exc, requests.exceptions.ConnectionError) and "timed out" in str(exc):
-        # A body that stops in the middle is reported as a ConnectionError around a read timeout.
-        return VaultUnavailable("OpenBao did not answer in time", detail=detail)
     return VaultUnavailable("the connection to OpenBao broke", detail=detail, transient=True)
 
 
