@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as RpcStatus
+
 from identity_api.broker.v1 import types_pb2
 from identity_client import errors
 from identity_client._wire.status import error_from_item, error_from_rpc, refusal_status
@@ -122,7 +123,9 @@ def test_every_status_code_without_details_is_an_error_of_ours(code: grpc.Status
 
 
 def test_a_tls_failure_says_so() -> None:
-    error = error_from_rpc(EndedCall(grpc.StatusCode.UNAVAILABLE, "Ssl handshake failed: bad"))
+    error = error_from_rpc(
+        EndedCall(grpc.StatusCode.UNAVAILABLE, "Hostname Verification Check failed.")
+    )
     assert error.reason == "BROKER_TLS_FAILED"
     assert "bundle" in error.hint
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,14 +20,16 @@ from datetime import UTC, datetime, timedelta
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import DecodeError
-from identity_api.broker.v1 import types_pb2
 from spiffe import JwtSvid, SpiffeId
 from spiffe.errors import PySpiffeError
 
+from identity_api.broker.v1 import types_pb2
 from identity_client._wire.convert import AuthorizedEntry, bundle_from_wire
+from identity_client.clock import roll, utc_now
 from identity_client.credential import BundleSnapshot, X509Material
 from identity_client.errors import (
     IdentityError,
+    IdentityNotReady,
     NotPermitted,
     ProtocolViolation,
     RequestRejected,
@@ -67,7 +68,7 @@ class Engine:
         settings: SourceSettings,
         holder: IdentityHolder,
         *,
-        dice: Callable[[], float] = random.random,
+        dice: Callable[[], float] = roll,
     ) -> None:
         self._settings = settings
         self._holder = holder
@@ -100,7 +101,7 @@ class Engine:
         if self._settings.state_dir is not None:
             self._state = await asyncio.to_thread(StateDir, self._settings.state_dir)
             try:
-                self._resume(await asyncio.to_thread(self._state.load))
+                self._resume(self._state, await asyncio.to_thread(self._state.load))
             except BaseException:
                 self._state.close()
                 raise
@@ -140,14 +141,14 @@ class Engine:
                 await asyncio.wait_for(self._wake.wait(), pause.total_seconds())
 
     async def _advance(self) -> None:
-        now = _now()
+        now = utc_now()
         if self._node is not None and now >= self._node.material.not_after:
             self._forget_node("its SVID has expired")
         if self._node is None:
             await self._attest()
         elif now >= self._node.due:
             await self._renew_node(self._node)
-        if self._svid_due is None or _now() >= self._svid_due or self._holder.revoked:
+        if self._svid_due is None or utc_now() >= self._svid_due or self._holder.revoked:
             await self._issue()
 
     async def _attest(self) -> None:
@@ -167,7 +168,7 @@ class Engine:
             received=material.received, not_after=material.not_after, dice=self._dice()
         )
         self._node = _Node(material, due, reattestable)
-        self._reconnect()
+        self._reconnect(self._node)
         await self._keep_state()
 
     async def _issue(self) -> None:
@@ -186,20 +187,23 @@ class Engine:
         )
 
     async def _choose_entry(self) -> AuthorizedEntry:
-        entries = await self._link.list_authorized(now=_now())
+        entries = await self._link.list_authorized(now=utc_now())
         wanted = self._identity
         for entry in entries:
             if wanted is None or entry.spiffe_id == wanted:
                 self._entry, self._identity = entry, entry.spiffe_id
                 return entry
         node = self._node.material.spiffe_id if self._node else ""
-        who = f'"{wanted}"' if wanted else "any identity"
+        if wanted is None:
+            raise NotPermitted(
+                "this machine is not authorized for any identity",
+                reason="ENTRY_NOT_AUTHORIZED",
+                hint=f'register one below "{node}": idb entry create',
+            )
         raise NotPermitted(
-            f"this machine is not authorized for {who}",
+            f'this machine is not authorized for "{wanted}"',
             reason="ENTRY_NOT_AUTHORIZED",
-            hint=f'idb explain "{wanted or ""}" --node "{node}" says which rule did not hold'
-            if wanted
-            else f'register one: idb entry create --parent-id "{node}" …',
+            hint=f'idb explain "{wanted}" --node "{node}" says which rule did not hold',
         )
 
     def _after_failure(self, error: IdentityError, failures: int) -> timedelta:
@@ -210,14 +214,14 @@ class Engine:
         elif error.reason == _TLS_FAILED:
             self._distrust_connection()
         current = self._holder.peek()
-        remaining = current.not_after - _now() if current and not self._holder.revoked else None
+        remaining = current.not_after - utc_now() if current and not self._holder.revoked else None
         return retry_delay(
             failures, dice=self._dice(), remaining=remaining, retry_after=error.retry_after
         )
 
     def _until_due(self) -> timedelta:
         dues = [due for due in (self._node and self._node.due, self._svid_due) if due]
-        return max(min(min(dues) - _now(), _LONGEST_SLEEP), timedelta(0))
+        return max(min(min(dues) - utc_now(), _LONGEST_SLEEP), timedelta(0))
 
     # --- the node ------------------------------------------------------------------------------
 
@@ -242,15 +246,15 @@ class Engine:
         if self._node is not None and self._may_attest() and self._node.reattestable:
             self._forget_node("the broker and this node do not trust each other's certificates")
         elif self._node is not None:
-            self._reconnect()
+            self._reconnect(self._node)
 
-    def _reconnect(self) -> None:
-        assert self._node is not None
-        self._link.connect(self._node.material, self._trusted())
+    def _reconnect(self, node: _Node) -> None:
+        self._link.connect(node.material, self._trusted())
         self._connected.set()
 
     def _trusted(self) -> BundleSnapshot:
-        assert self._bundle is not None  # start() sets it before anything runs
+        if self._bundle is None:
+            raise IdentityNotReady("the identity source was not started")
         return self._bundle
 
     def _take_bundle(self, bundle: BundleSnapshot) -> bool:
@@ -260,28 +264,28 @@ class Engine:
         self._holder.publish_bundle(bundle)
         return True
 
-    def _resume(self, kept: NodeState | None) -> None:
+    def _resume(self, state: StateDir, kept: NodeState | None) -> None:
         if kept is None or kept.trust_domain != self._settings.trust_domain.name:
             return
         try:
             message = types_pb2.TrustBundle.FromString(kept.bundle)
             bundle = bundle_from_wire(message, self._settings.trust_domain)
             key = serialization.load_pem_private_key(kept.key_pem, password=None)
-            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            if not isinstance(key, ec.EllipticCurvePrivateKey):
+                raise TypeError
             material = X509Material.from_chain(
-                kept.chain, private_key=key, bundle=bundle, received=_now()
+                kept.chain, private_key=key, bundle=bundle, received=utc_now()
             )
-        except (ProtocolViolation, DecodeError, ValueError, AssertionError):
-            assert self._state is not None
+        except (ProtocolViolation, DecodeError, ValueError, TypeError):
             # "from None": the parser's message could quote the key.
-            raise self._state.damaged() from None
-        if material.not_after <= _now():
+            raise state.damaged() from None
+        if material.not_after <= utc_now():
             return
         # Renewed at once: how much of its life was used is not known, and it proves that the
         # broker still knows this node.
         self._bundle, self._bundle_message = bundle, kept.bundle
-        self._node = _Node(material, _now(), kept.reattestable)
-        self._reconnect()
+        self._node = _Node(material, utc_now(), kept.reattestable)
+        self._reconnect(self._node)
 
     async def _keep_state(self) -> None:
         if self._state is None or self._node is None:
@@ -306,7 +310,7 @@ class Engine:
                 self._bundle_message = message
                 if self._take_bundle(bundle):
                     if self._node is not None:
-                        self._reconnect()
+                        self._reconnect(self._node)
                     await self._keep_state()
                     await self._tell()
                 yield
@@ -317,7 +321,7 @@ class Engine:
         async def follow() -> AsyncIterator[None]:
             try:
                 async for update in self._link.watch_revocations():
-                    if self._holder.revoke(update.revoked, now=_now()):
+                    if self._holder.revoke(update.revoked, now=utc_now()):
                         await self._tell()
                         self._wake.set()
                     self._holder.denied.synced = update.synced
@@ -367,7 +371,7 @@ class Engine:
         snapshot = self._holder.snapshot()
         key = (str(snapshot.spiffe_id), frozenset(audiences))
         denied = self._holder.denied
-        cached = self._jwt_cache.fresh(key, denied=denied, now=_now())
+        cached = self._jwt_cache.fresh(key, denied=denied, now=utc_now())
         if cached is not None:
             return cached
         flight = self._jwt_flights.get(key)
@@ -379,7 +383,7 @@ class Engine:
             # Shielded: one caller giving up must not take the answer from the others.
             return await asyncio.shield(flight)
         except IdentityError as error:
-            valid = self._jwt_cache.fallback(key, denied=denied, now=_now())
+            valid = self._jwt_cache.fallback(key, denied=denied, now=utc_now())
             if valid is None or not error.retryable:
                 raise
             return valid
@@ -408,15 +412,11 @@ class Engine:
         token = CachedToken(
             svid=svid,
             jti=message.jti,
-            received=_now(),
+            received=utc_now(),
             expires_at=datetime.fromtimestamp(message.expires_at, UTC),
         )
         self._jwt_cache.put(key, token)
         return svid
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
 
 
 def _report_bug(task: asyncio.Task[None]) -> None:

@@ -13,9 +13,10 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 
+from identity_client.clock import utc_now
 from identity_client.credential import BundleSnapshot, IdentitySnapshot, X509Material
 from identity_client.errors import (
     IdentityError,
@@ -165,7 +166,7 @@ class IdentityHolder:
     def record_failure(self, error: IdentityError) -> None:
         """Remembers why the last attempt failed."""
         failures = self._failure[2] + 1 if self._failure else 1
-        self._failure = (error, datetime.now(UTC), failures)
+        self._failure = (error, utc_now(), failures)
 
     def record_success(self) -> None:
         """Forgets the last failure."""

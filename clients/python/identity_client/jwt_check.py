@@ -33,4 +33,4 @@ def verify_jwt_svid(token: str, audience: str, *, bundle: JwtBundle, denied: Den
 
 def _jti(svid: JwtSvid) -> str:
     # py-spiffe keeps the claims but does not publish them.
-    return str(svid._claims.get("jti", ""))
+    return str(svid._claims.get("jti", ""))  # noqa: SLF001

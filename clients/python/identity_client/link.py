@@ -13,11 +13,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+
 from identity_api.broker.v1 import (
     bundle_pb2,
     bundle_pb2_grpc,
@@ -31,7 +32,6 @@ from identity_api.broker.v1 import (
     svid_pb2_grpc,
     types_pb2,
 )
-
 from identity_client._wire.convert import (
     AuthorizedEntry,
     bundle_from_wire,
@@ -39,6 +39,7 @@ from identity_client._wire.convert import (
     revocations_from_wire,
 )
 from identity_client._wire.status import error_from_item, error_from_rpc
+from identity_client.clock import utc_now
 from identity_client.credential import BundleSnapshot, X509Material
 from identity_client.errors import BrokerUnavailable, IdentityNotReady, ProtocolViolation
 from identity_client.keys import KeyPair
@@ -309,6 +310,6 @@ def _material(svid: types_pb2.X509Svid, pair: KeyPair, bundle: BundleSnapshot) -
         svid.cert_chain,
         private_key=pair.private_key,
         bundle=bundle,
-        received=datetime.now(UTC),
+        received=utc_now(),
         hint=svid.hint,
     )

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from cryptography import x509
-from cryptography.x509.oid import ExtensionOID
 from spiffe import SpiffeId
 
 from identity_client.errors import PeerExpired, PeerRejected, PeerRevoked, SettingsInvalid
@@ -90,10 +89,9 @@ def check_current(peer: Peer, denied: DenySet, *, now: float | None = None) -> N
 
 def _read(certificate: x509.Certificate) -> Peer:
     try:
-        san = certificate.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
+        san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound as exc:
         raise PeerRejected("the peer's certificate holds no SPIFFE ID") from exc
-    assert isinstance(san.value, x509.SubjectAlternativeName)  # by its OID
     uris = san.value.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:
         raise PeerRejected("the peer's certificate must hold exactly one URI: its SPIFFE ID")

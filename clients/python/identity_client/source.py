@@ -241,7 +241,7 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._users = 0
+        self.users = 0
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="identity-source", daemon=True)
         self._thread.start()
@@ -252,7 +252,7 @@ class _LoopThread:
         with cls._guard:
             if cls._shared is None or cls._shared.forked:
                 cls._shared = _LoopThread()
-            cls._shared._users += 1
+            cls._shared.users += 1
             return cls._shared
 
     @property
@@ -263,8 +263,8 @@ class _LoopThread:
     def leave(self) -> None:
         """One user less; the last one ends the thread."""
         with _LoopThread._guard:
-            self._users -= 1
-            if self._users > 0:
+            self.users -= 1
+            if self.users > 0:
                 return
             if _LoopThread._shared is self:
                 _LoopThread._shared = None

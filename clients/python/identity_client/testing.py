@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from spiffe import JwtBundle, JwtSvid, SpiffeId, TrustDomain, X509Bundle, X509Svid
 
+from identity_client.clock import utc_now
 from identity_client.credential import BundleSnapshot, IdentitySnapshot, X509Material
 from identity_client.holder import IdentityHolder, SourceStatus, Subscriber, Unsubscribe
 from identity_client.jwt_check import verify_jwt_svid
@@ -76,14 +77,14 @@ class FakeTrustDomain:
         """Revokes the certificate `source` shows now; every source of the domain knows at once."""
         serial = source.serial
         revoked = RevokedCredential(
-            id=serial, spiffe_id=str(source.spiffe_id), expires_at=datetime.now(UTC) + _LONG
+            id=serial, spiffe_id=str(source.spiffe_id), expires_at=utc_now() + _LONG
         )
         for one in self.sources:
             one.learn_revocation(revoked)
 
     def issue(self, spiffe_id: SpiffeId, ttl: timedelta) -> X509Material:
         """An X.509-SVID with a fresh key."""
-        pair, now = KeyPair(), datetime.now(UTC)
+        pair, now = KeyPair(), utc_now()
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "fake")]))
@@ -124,7 +125,7 @@ class FakeTrustDomain:
 
     def issue_jwt(self, spiffe_id: SpiffeId, audiences: Sequence[str], ttl: timedelta) -> JwtSvid:
         """A JWT-SVID."""
-        now = datetime.now(UTC)
+        now = utc_now()
         claims = {
             "sub": str(spiffe_id),
             "aud": list(audiences),
@@ -155,18 +156,17 @@ class FakeIdentitySource:
     def rotate(self) -> IdentitySnapshot:
         """A new key, certificate and the domain's newest bundle, swapped in as in real life."""
         material = self._domain.issue(self.spiffe_id, self._ttl)
+        self._serial = material.serial
         return self._holder.publish(material, self._domain.bundle)
 
     def learn_revocation(self, revoked: RevokedCredential) -> None:
         """What a real source hears from the broker's stream."""
-        self._holder.revoke([revoked], now=datetime.now(UTC))
+        self._holder.revoke([revoked], now=utc_now())
 
     @property
     def serial(self) -> str:
         """The serial number of the certificate it shows, revoked or not."""
-        current = self._holder.peek()
-        assert current is not None  # the constructor rotated
-        return current.serial
+        return self._serial
 
     # --- what it shares with every source ------------------------------------------------------
 
@@ -235,7 +235,7 @@ class FakeIdentitySource:
 
 
 def _authority(key: ec.EllipticCurvePrivateKey, trust_domain: TrustDomain) -> x509.Certificate:
-    now = datetime.now(UTC)
+    now = utc_now()
     name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, f"fake {trust_domain}")])
     builder = (
         x509.CertificateBuilder()

@@ -133,8 +133,8 @@ class RotatingContext(ssl.SSLContext):
 
     _source: SnapshotSource
     _rule: PeerRule
-    _server_side: bool
-    _alpn: list[str] | None
+    server_side: bool
+    alpn: list[str] | None
     _generation: _Generation | None
     _building: threading.Lock
 
@@ -143,8 +143,8 @@ class RotatingContext(ssl.SSLContext):
         """A context for connections with `source`'s identity to peers that `rule` accepts."""
         protocol = ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT
         context = cls(protocol)
-        context._source, context._rule, context._server_side = source, rule, server_side
-        context._alpn, context._generation = None, None
+        context._source, context._rule, context.server_side = source, rule, server_side
+        context.alpn, context._generation = None, None
         context._building = threading.Lock()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
@@ -153,14 +153,14 @@ class RotatingContext(ssl.SSLContext):
     def set_alpn_protocols(self, alpn_protocols: Any) -> None:
         """Remembered for every generation, the current one included."""
         with self._building:
-            self._alpn, self._generation = list(alpn_protocols), None
+            self.alpn, self._generation = list(alpn_protocols), None
 
     def wrap_socket(
         self,
         sock: Any,
-        server_side: bool = False,
-        do_handshake_on_connect: bool = True,
-        suppress_ragged_eofs: bool = True,
+        server_side: bool = False,  # noqa: FBT001, FBT002 - the standard library's signature
+        do_handshake_on_connect: bool = True,  # noqa: FBT001, FBT002
+        suppress_ragged_eofs: bool = True,  # noqa: FBT001, FBT002
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> ssl.SSLSocket:
@@ -176,7 +176,7 @@ class RotatingContext(ssl.SSLContext):
         self,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,
-        server_side: bool = False,
+        server_side: bool = False,  # noqa: FBT001, FBT002
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> ssl.SSLObject:
@@ -231,7 +231,7 @@ class _Generation(ssl.SSLContext):
 
     @classmethod
     def of(cls, rotating: RotatingContext, snapshot: IdentitySnapshot) -> _Generation:
-        server_side = rotating._server_side
+        server_side = rotating.server_side
         context = cls(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
         context.rotating, context.snapshot = rotating, snapshot
         context.sslsocket_class, context.sslobject_class = _CheckedSocket, _CheckedObject
@@ -245,8 +245,8 @@ class _Generation(ssl.SSLContext):
         context.load_verify_locations(cadata=snapshot.bundle.roots_pem.decode("ascii"))
         with _private_file(snapshot.x509.chain_pem + snapshot.x509.key_pem) as path:
             context.load_cert_chain(path)
-        if rotating._alpn is not None:
-            context.set_alpn_protocols(rotating._alpn)
+        if rotating.alpn is not None:
+            context.set_alpn_protocols(rotating.alpn)
         return context
 
 
@@ -259,11 +259,9 @@ class _CheckedSocket(ssl.SSLSocket):
 
     @property
     def _rotating(self) -> RotatingContext:
-        context = self.context
-        assert isinstance(context, _Generation)
-        return context.rotating
+        return _rotating(self.context)
 
-    def do_handshake(self, block: bool = False) -> None:
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002
         super().do_handshake(block)
         self._checked_peer = self._rotating.check(self)
 
@@ -314,9 +312,7 @@ class _CheckedObject(ssl.SSLObject):
 
     @property
     def _rotating(self) -> RotatingContext:
-        context = self.context
-        assert isinstance(context, _Generation)
-        return context.rotating
+        return _rotating(self.context)
 
     def do_handshake(self) -> None:
         super().do_handshake()
@@ -335,8 +331,13 @@ class _CheckedObject(ssl.SSLObject):
     def _checked(self) -> Peer:
         if self._checked_peer is None:
             self.do_handshake()
-        assert self._checked_peer is not None
-        return self._checked_peer
+        return self._checked_peer or self._rotating.check(self)
+
+
+def _rotating(context: ssl.SSLContext) -> RotatingContext:
+    if not isinstance(context, _Generation):
+        raise PeerRefusedInHandshake("the connection's context was replaced")
+    return context.rotating
 
 
 def _peer_of(connection: ssl.SSLSocket | ssl.SSLObject) -> Peer:

@@ -10,9 +10,9 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from identity_api.broker.v1 import credential_pb2, types_pb2
 from spiffe import JwtBundle, SpiffeId, TrustDomain
 
+from identity_api.broker.v1 import credential_pb2, types_pb2
 from identity_client.credential import BundleSnapshot
 from identity_client.errors import ProtocolViolation, SettingsInvalid
 from identity_client.naming import parse_spiffe_id

@@ -16,8 +16,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as RpcStatus
-from identity_api.broker.v1 import types_pb2
 
+from identity_api.broker.v1 import types_pb2
 from identity_client import errors
 
 __all__ = ["DOMAIN", "error_from_item", "error_from_rpc", "refusal_status"]
@@ -172,8 +172,9 @@ def _bare(code: grpc.StatusCode, text: str) -> errors.IdentityError:
 
 
 def _is_tls_failure(text: str) -> bool:
+    # Not "handshake": a server that goes away in the middle of one is merely away.
     lowered = text.lower()
-    return "handshake" in lowered or "peer name" in lowered or "certificate" in lowered
+    return any(sign in lowered for sign in ("certificate", "verification", "peer name", " alert "))
 
 
 def _build(

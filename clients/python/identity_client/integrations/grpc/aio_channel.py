@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -77,7 +77,7 @@ class RotatingAioChannel(grpc.aio.Channel):
         """How many old connections still have calls under way."""
         return self._rotation.draining
 
-    async def __aenter__(self) -> RotatingAioChannel:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, exc_type: object, exc: object, traceback: object) -> None:
@@ -88,7 +88,10 @@ class RotatingAioChannel(grpc.aio.Channel):
         self._rotation.close()
         await asyncio.gather(*self._closing)
 
-    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+    def get_state(
+        self,
+        try_to_connect: bool = False,  # noqa: FBT001, FBT002 - grpc's signature
+    ) -> grpc.ChannelConnectivity:
         """The newest generation's state."""
         generation = self._rotation.acquire()
         try:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from spiffe import SpiffeId
@@ -21,6 +22,8 @@ from identity_client.rotation import Generation, Rotation
 from identity_client.tls import SnapshotSource
 
 __all__ = ["RotatingChannel", "secure_channel"]
+
+_LAST_POLL_SECONDS = 0.5
 
 
 def secure_channel(
@@ -55,9 +58,8 @@ class RotatingChannel(grpc.Channel):
         self._target = target
         self._options = options
         self._watchers: dict[Callable[..., None], bool] = {}
-        self._rotation: Rotation[grpc.Channel] = Rotation(
-            source.snapshot, self._open, grpc.Channel.close
-        )
+        self._watched = False
+        self._rotation: Rotation[grpc.Channel] = Rotation(source.snapshot, self._open, self._close)
 
     def __repr__(self) -> str:
         return f"RotatingChannel({self._target!r})"
@@ -70,12 +72,12 @@ class RotatingChannel(grpc.Channel):
     def subscribe(
         self,
         callback: Callable[[grpc.ChannelConnectivity], None],
-        try_to_connect: bool | None = False,
+        try_to_connect: bool | None = False,  # noqa: FBT001, FBT002 - grpc's signature
     ) -> None:
         """Tells `callback` of connectivity changes, of later generations too."""
         generation = self._rotation.acquire()
         try:
-            self._watchers[callback] = bool(try_to_connect)
+            self._watchers[callback], self._watched = bool(try_to_connect), True
             generation.connection.subscribe(callback, bool(try_to_connect))
         finally:
             self._rotation.release(generation)
@@ -110,7 +112,7 @@ class RotatingChannel(grpc.Channel):
         """Closes every connection, calls under way included."""
         self._rotation.close()
 
-    def __enter__(self) -> RotatingChannel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
@@ -121,6 +123,18 @@ class RotatingChannel(grpc.Channel):
         for callback, try_to_connect in self._watchers.items():
             channel.subscribe(callback, try_to_connect)
         return channel
+
+    def _close(self, channel: grpc.Channel) -> None:
+        if not self._watched:
+            channel.close()
+            return
+        # grpcio polls a watched channel's state every 0.2 s, and a poll that meets a closed
+        # channel dies with a traceback: let the last one end first.
+        for callback in tuple(self._watchers):
+            channel.unsubscribe(callback)
+        closing = threading.Timer(_LAST_POLL_SECONDS, channel.close)
+        closing.daemon = True
+        closing.start()
 
 
 class _Callable:
