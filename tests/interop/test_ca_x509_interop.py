@@ -31,10 +31,12 @@ from identity_ca.crl import RevokedEntry, build_crl
 from identity_ca.issuer import X509Credential, X509Issuer
 from identity_ca.keys import KeyAlgorithm
 from identity_ca.profile import WORKLOAD
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from support.ca import (
     HOUR,
     csr_der,
     forge,
+    hierarchy,
     intermediate_of,
     leaf_extensions,
     workload_key,
@@ -188,6 +190,25 @@ def test_openssl_holds_the_name_constraints(issued: Issued) -> None:
     result = verify(issued, "outside")
     assert result.returncode != 0
     assert "permitted subtree violation" in result.stderr
+
+
+@pytest.mark.clause("ID-4")
+@pytest.mark.parametrize("name", ["my_domain", "10.0.0.1", "a..b", "localhost", "-", "a" * 255])
+def test_id_4_openssl_takes_any_trust_domain(name: str, tmp_path: Path) -> None:
+    """Name constraints are compared as text, so names that are no host names work as well."""
+    domain = TrustDomain(name)
+    below = hierarchy(domain, now=NOW)
+    leaf = below.issue(SpiffeId(domain, "/a"), now=NOW).chain[:1]
+    files = {
+        "root": below.root.public_bytes(Encoding.PEM),
+        "intermediate": below.intermediate.public_bytes(Encoding.PEM),
+        "leaf": _pem(leaf),
+    }
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    root, between, end = (str(tmp_path / file) for file in files)
+    result = openssl("verify", "-x509_strict", "-CAfile", root, "-untrusted", between, end)
+    assert result.returncode == 0, result.stderr
 
 
 def test_py_spiffe_parses_svid_and_bundle(issued: Issued) -> None:
