@@ -16,6 +16,7 @@ pytest_plugins: list[str] = [
     "support.broker",
     "support.line",
     "support.openbao",
+    "support.store",
 ]
 
 # No deadline: this machine may be busy, and a slow example is not a wrong one.

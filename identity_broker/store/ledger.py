@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-import structlog
+
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
@@ -29,6 +29,7 @@ from identity_broker.store.database import Database, Mode
 from identity_broker.store.errors import RETRY_AFTER, is_disconnect, is_transient, translate
 from identity_broker.store.ledger_statements import insert_intents, write_outcomes
 from identity_broker.store.mapping import intent_row
+from identity_broker.telemetry.logs import get_logger
 
 LINGER = 0.05
 """Seconds an outcome waits for an intent to share a commit with."""
@@ -43,7 +44,7 @@ _EAGER = 512  # outcomes that are worth a commit of their own
 _LONGEST_LINGER = 2.0
 _ATTEMPTS = 3
 
-_log = structlog.get_logger(__name__)
+_log = get_logger("store.ledger")
 
 _AWAKE, _DOZING, _ASLEEP = range(3)
 

@@ -1,0 +1,164 @@
+"""Stores for tests: SQLite in a folder of its own, PostgreSQL in a database of its own.
+
+- A PostgreSQL database is a copy of a migrated template; there is one server per test process.
+- `store` runs a test on both databases; `sqlite_store` and `postgres_store` on one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from identity_broker.domain.credential import CredentialIntent, CredentialKind, CredentialOutcome
+from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.node import Node
+from identity_broker.domain.selector import Selector
+from identity_broker.store import Store
+from identity_ca.spiffe_id import SpiffeId
+
+from support.postgres import PostgresServer
+
+NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+PARENT = SpiffeId.parse("spiffe://example.org/idb/node/join_token/web-1")
+API = SpiffeId.parse("spiffe://example.org/payments/api")
+
+
+class SettableClock:
+    """A clock that stands still until it is set."""
+
+    def __init__(self, now: datetime = NOW) -> None:
+        self.time = now
+
+    def now(self) -> datetime:
+        return self.time
+
+
+def entry(entry_id: str = "api", **fields: Any) -> RegistrationEntry:
+    """A valid registration entry."""
+    values: dict[str, Any] = {
+        "id": entry_id,
+        "spiffe_id": API,
+        "parent_id": PARENT,
+        "selectors": frozenset({Selector("unix", f"uid:{entry_id}")}),
+    }
+    return RegistrationEntry(**{**values, **fields})
+
+
+def node(name: str = "web-1", **fields: Any) -> Node:
+    """An attested node."""
+    values: dict[str, Any] = {
+        "spiffe_id": SpiffeId.parse(f"spiffe://example.org/idb/node/join_token/{name}"),
+        "attestor": "join_token",
+        "selectors": frozenset({Selector("join_token", f"name:{name}")}),
+        "attested_at": NOW,
+        "serial": "ab" * 20,
+        "expires_at": NOW + timedelta(hours=1),
+        "reattestable": False,
+    }
+    return Node(**{**values, **fields})
+
+
+def intent(credential_id: str = "", **fields: Any) -> CredentialIntent:
+    """An intent with an id of its own, unless given one."""
+    values: dict[str, Any] = {
+        "id": credential_id or secrets.token_hex(20),
+        "kind": CredentialKind.X509,
+        "spiffe_id": API,
+        "entry_id": "api",
+        "entry_revision": 1,
+        "node_id": PARENT,
+        "authority_id": "a" * 40,
+        "key_fingerprint": "f" * 64,
+        "tbs_digest": "d" * 64,
+        "not_before": NOW - timedelta(seconds=10),
+        "not_after": NOW + timedelta(hours=1),
+        "recorded_at": NOW,
+        "correlation_id": "c0ffee",
+    }
+    return CredentialIntent(**{**values, **fields})
+
+
+def issued(intended: CredentialIntent, supersedes: str = "") -> CredentialOutcome:
+    """The outcome of that intent."""
+    return CredentialOutcome(intended.id, "e" * 64, NOW, supersedes)
+
+
+def sqlite_url(folder: Path) -> str:
+    """The URL of a database file in that folder, which only its owner may enter."""
+    folder.chmod(0o700)
+    return f"sqlite:///{folder}/broker.db"
+
+
+def _run(work: Any) -> None:
+    # A loop of its own, in a thread: the fixtures below are asked for inside and outside of one.
+    thread = threading.Thread(target=lambda: asyncio.run(work))
+    thread.start()
+    thread.join()
+
+
+async def _migrated(url: str) -> None:
+    store = Store(url, clock=SettableClock())
+    await store.migrate()
+    await store.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    server.start()
+    try:
+        server.execute("CREATE DATABASE migrated")
+        _run(_migrated(server.url("migrated")))
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    name = f"t{secrets.token_hex(8)}"
+    postgres_server.execute(f"CREATE DATABASE {name} TEMPLATE migrated")
+    yield postgres_server.url(name)
+    postgres_server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def _migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("migrated")
+    _run(_migrated(sqlite_url(folder)))
+    return folder / "broker.db"
+
+
+@pytest.fixture(
+    params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgresql)],
+)
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a migrated, empty database; on both kinds."""
+    if request.param == "postgres":
+        url: str = request.getfixturevalue("postgres_url")
+        return url
+    migrated: Path = request.getfixturevalue("_migrated_file")
+    copy = tmp_path / "broker.db"
+    copy.write_bytes(migrated.read_bytes())
+    copy.chmod(0o600)
+    return sqlite_url(tmp_path)
+
+
+@pytest.fixture
+def clock() -> SettableClock:
+    return SettableClock()
+
+
+@pytest.fixture
+async def store(store_url: str, clock: SettableClock) -> AsyncIterator[Store]:
+    opened = Store(store_url, clock=clock)
+    await opened.open()
+    yield opened
+    await opened.close()
