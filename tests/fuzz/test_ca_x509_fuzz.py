@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 
 from cryptography.hazmat.primitives.serialization import Encoding
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from identity_ca.authority_certificate import issuer_facts
@@ -21,13 +20,6 @@ from identity_ca.profile import INTERMEDIATE, WORKLOAD
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from support.ca import HOUR, csr_der, hierarchy, workload_key
 from support.ca_material import NOW, TRUST_DOMAIN, WORKLOAD_ID
-
-# 200 in the suite; FUZZ_EXAMPLES=100000 for a night.
-BOUNDED = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 BELOW = hierarchy()
 PREPARED = BELOW.issuer.prepare(
@@ -64,7 +56,6 @@ def mutations(draw: st.DrawFn, original: bytes) -> bytes:
     return bytes(data)
 
 
-@BOUNDED
 @given(st.one_of(st.text(max_size=80), st.from_regex(r"spiffe://[ -~]{0,60}")))
 def test_spiffe_id(text: str) -> None:
     for parse in (SpiffeId.parse, TrustDomain.parse):
@@ -73,7 +64,6 @@ def test_spiffe_id(text: str) -> None:
             assert str(value).removeprefix("spiffe://") == text.removeprefix("spiffe://")
 
 
-@BOUNDED
 @given(
     st.one_of(
         st.binary(max_size=400),
@@ -95,7 +85,6 @@ def test_csr(data: bytes) -> None:
         assert request.spki_der == spki_der(request.public_key)
 
 
-@BOUNDED
 @given(mutations(csr_der()))
 def test_issuing_from_any_request(data: bytes) -> None:
     with suppress(CAError):
@@ -106,7 +95,6 @@ def test_issuing_from_any_request(data: bytes) -> None:
         assert verify_x509_svid(chain, bundle=BELOW.bundle, now=NOW).spiffe_id == WORKLOAD_ID
 
 
-@BOUNDED
 @given(st.one_of(st.binary(max_size=400), mutations(PREPARED.tbs)))
 def test_lint_lets_nothing_but_the_original_through(data: bytes) -> None:
     for each in (WORKLOAD, INTERMEDIATE):
@@ -121,7 +109,6 @@ def test_lint_lets_nothing_but_the_original_through(data: bytes) -> None:
         assert data[at + 20 :] == PREPARED.tbs[at + 20 :]
 
 
-@BOUNDED
 @given(
     st.lists(
         st.one_of(
@@ -149,7 +136,6 @@ def test_chain(chain: list[bytes], anchors: list[bytes]) -> None:
         assert verified.spiffe_id == WORKLOAD_ID
 
 
-@BOUNDED
 @given(st.binary(max_size=64), st.integers(0, 255))
 def test_der_reader(data: bytes, tag: int) -> None:
     reader = Reader(data)
