@@ -68,5 +68,5 @@ class TestTransitKeyManagerOfOtherAlgorithms(KeyManagerContract):
         )
 
     @pytest.fixture
-    def reopened(self, key_manager) -> TransitKeyManager:
+    def reopened(self, key_manager: TransitKeyManager) -> TransitKeyManager:
         return key_manager

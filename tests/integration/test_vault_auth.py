@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import hvac
 import pytest
 
 from identity_ca.backends.vault.auth import (
@@ -39,7 +40,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 @pytest.fixture
-def short_site(vault_site, openbao_admin):
+def short_site(vault_site: VaultSite, openbao_admin: hvac.Client) -> Callable[..., VaultSite]:
     """A site whose role's settings can be changed: `short_site(token_ttl=…)`."""
 
     def changed(**role: object) -> VaultSite:

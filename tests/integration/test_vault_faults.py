@@ -13,7 +13,7 @@ from identity_ca.backends.vault.session import VaultSession, VaultUnavailable
 from identity_ca.backends.vault.transit import TransitKey, TransitKeyManager
 from identity_ca.errors import BackendUnavailable
 from identity_ca.keys import KeyAlgorithm, verify_signature
-from support.openbao import Fault
+from support.openbao import Fault, FaultProxy, OpenSession, VaultSite
 
 pytestmark = pytest.mark.openbao
 
@@ -23,7 +23,9 @@ AT_ONCE = 0.3
 
 
 @pytest.fixture
-def session(vault_site, open_session, fault_proxy) -> VaultSession:
+def session(
+    vault_site: VaultSite, open_session: OpenSession, fault_proxy: FaultProxy
+) -> VaultSession:
     return open_session(auth=vault_site.auth(), address=fault_proxy.address, timeout=1.5)
 
 

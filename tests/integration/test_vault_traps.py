@@ -32,7 +32,7 @@ from identity_ca.keys import (
     generate_private_key,
     verify_signature,
 )
-from support.openbao import TRUST_DOMAIN, Fault, FaultProxy, VaultSite
+from support.openbao import TRUST_DOMAIN, Fault, FaultProxy, OpenSession, VaultSite
 
 pytestmark = pytest.mark.openbao
 
@@ -48,7 +48,7 @@ def mount(openbao_admin) -> Iterator[str]:
 
 
 @pytest.fixture
-def proxied(open_session, fault_proxy) -> VaultSession:
+def proxied(open_session: OpenSession, fault_proxy: FaultProxy) -> VaultSession:
     """A session of the root token, through the proxy."""
     return open_session(address=fault_proxy.address)
 
@@ -102,7 +102,7 @@ def test_trap_a_key_of_another_type_is_not_rotated(open_session, mount):
 def test_trap_a_key_that_can_leave_stays_that_way(open_session, mount, option):
     """3b: neither can be unset, so the key is refused wherever it is met."""
     session = open_session()
-    keys = keys_in(session, mount, **{option: True})
+    keys = keys_in(session, mount, "ecdsa-p256", **{option: True})
     session.post(f"{mount}/keys/k/config", {option: False})
     for use in (
         keys.check,

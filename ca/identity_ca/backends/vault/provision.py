@@ -139,7 +139,13 @@ def admin_client(
 def _mount_engines(
     client: _Admin, where: VaultLayout, root_ttl: timedelta, changes: list[str]
 ) -> None:
-    mounted = client.sys.list_mounted_secrets_engines()["data"]
+    answer = client.sys.list_mounted_secrets_engines()
+    if not isinstance(answer, dict):  # hvac's way to hand out a redirect that it did not follow
+        raise BackendMisconfigured(
+            "the OpenBao address redirects to another one",
+            hint="use the address of the active node: bao status shows it",
+        )
+    mounted = _data(answer)
     for mount, kind in ((where.transit_mount, "transit"), (where.pki_mount, "pki")):
         found = mounted.get(f"{mount}/")
         if found is None:
