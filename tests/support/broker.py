@@ -124,7 +124,7 @@ def run_dev(directory: Path, *options: str) -> Iterator[DevBroker]:
             stdout=sink,
             stderr=subprocess.STDOUT,
             env={k: v for k, v in os.environ.items() if not k.startswith("IDB_")},
-            preexec_fn=tied_to_parent(),
+            preexec_fn=tied_to_parent(),  # noqa: PLW1509 - does nothing but prctl
         )
     broker: DevBroker | None = None
     try:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Protocol
 
 import grpc
-from cryptography import x509
 
 from identity_client.admin._names import broker_server_name
 from identity_client.errors import BrokerUnavailable, NotPermitted, SettingsInvalid
@@ -124,6 +123,8 @@ def _read(path: Path, what: str) -> bytes:
 
 
 def _trust_domain(chain: bytes, path: Path) -> str:
+    from cryptography import x509  # noqa: PLC0415 - the Unix socket needs no certificate
+
     try:
         leaf = x509.load_pem_x509_certificate(chain)
         san = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
