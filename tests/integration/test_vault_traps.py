@@ -240,6 +240,20 @@ def test_a_batch_is_one_round_trip_and_sends_digests_only(proxied, fault_proxy, 
     assert sent.json["hash_algorithm"] == "sha2-256"
 
 
+def test_trap_a_large_batch_is_refused_as_too_complex_and_so_is_split(proxied, fault_proxy, mount):
+    """Not in the reference: OpenBao limits the strings of a JSON body."""
+    key = keys_in(proxied, mount).load("transit:k@1")
+    body = {"batch_input": [{"input": "AAAA"}] * 1000}
+    with pytest.raises(VaultRefused, match="complexity"):
+        proxied.post(f"{mount}/sign/k", body)
+    before = len(fault_proxy.seen)
+    messages = [b"%d" % number for number in range(1001)]
+    signatures = key.sign_many(messages)
+    assert len(fault_proxy.seen) - before == 5
+    assert len(signatures) == 1001
+    verify_signature(key.public_key, signatures[-1], messages[-1])
+
+
 def test_trap_a_version_that_is_gone_is_answered_with_500(open_session, mount):
     """That 500 is about the call: no outage, no retry, and other keys go on signing."""
     session = open_session()
