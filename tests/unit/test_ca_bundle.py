@@ -24,7 +24,7 @@ from identity_ca.bundle import (
 from identity_ca.chain import verify_x509_svid
 from identity_ca.errors import BundleRejected, ChainRejected, TokenRejected
 from identity_ca.issuer import X509Issuer
-from identity_ca.jose import b64url_encode
+from identity_ca.jose import b64url_decode, b64url_encode
 from identity_ca.jwt import verify_jwt_svid
 from identity_ca.keys import KeyAlgorithm, LocalSigningKey, spki_der
 from identity_ca.profile import WORKLOAD
@@ -388,6 +388,22 @@ def test_the_keys_of_a_bundle_do_validate():
 def test_a_known_key_that_is_broken_refuses_the_bundle(broken):
     assert "key 1" in refused(document(keys=[jwt_jwk(), jwt_jwk(kid="b", **broken)]))
     assert "key 0" in refused(document(keys=[x509_jwk(**broken)]))
+
+
+def test_coordinates_with_another_spelling_of_the_same_number_are_refused():
+    """RFC 7518 section 6.2.1.2: always the curve's full length."""
+    padded = b64url_encode(b"\0" + b64url_decode(jwt_jwk()["x"]))
+    assert "wrong length" in refused(document(keys=[jwt_jwk(x=padded)]))
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+def test_an_authority_without_a_positive_serial_number_is_refused():
+    certificate = der(root_certificate())
+    serial = root_certificate().serial_number.to_bytes(20, "big")
+    negative = certificate.replace(serial, b"\xff" + serial[1:], 1)
+    assert negative != certificate
+    with pytest.raises(BundleRejected, match="serial"):
+        TrustBundle(TRUST_DOMAIN, x509_authorities=(negative,)).to_pem()
 
 
 @pytest.mark.parametrize("kid", [None, 5, "", "k" * 1025])

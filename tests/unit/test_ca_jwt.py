@@ -690,6 +690,13 @@ def test_a_signature_of_the_wrong_length_is_refused(token, length):
     refused(f"{body}.{b64url(bytes(length))}")
 
 
+def test_a_signature_with_another_spelling_of_the_same_numbers_is_refused(token):
+    body, _, signature = token.rpartition(".")
+    raw = urlsafe_b64decode(signature + "==")
+    for spelled in (raw[:32] + b"\0" + raw[32:], raw[:32] + bytes(40) + raw[32:]):
+        assert "signature" in refused(f"{body}.{b64url(spelled)}")
+
+
 def test_a_signature_of_zeros_is_refused(token):
     body = token.rpartition(".")[0]
     assert "signature" in refused(f"{body}.{b64url(bytes(64))}")
