@@ -13,19 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import (
-    decode_dss_signature,
-    encode_dss_signature,
-)
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from identity_ca.bundle import TrustBundle
 from identity_ca.errors import (
@@ -37,19 +31,18 @@ from identity_ca.errors import (
     TokenRejected,
 )
 from identity_ca.jose import (
-    JwtPublicKey,
     MalformedJose,
     b64url_decode,
     b64url_encode,
     parse_json_object,
 )
+from identity_ca.jws import JWS_ALGORITHMS, JwsAlgorithm
 from identity_ca.keys import KeyAlgorithm, SigningKey
 from identity_ca.serial import new_jti
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 __all__ = [
     "DEFAULT_LEEWAY",
-    "JWS_ALGORITHMS",
     "MAX_AUDIENCES",
     "MAX_AUDIENCE_BYTES",
     "MAX_JWT_TTL",
@@ -452,7 +445,7 @@ def _json_object(part: str, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    algorithm: _JwsAlgorithm
+    algorithm: JwsAlgorithm
     key_id: str | None
 
     @classmethod
@@ -561,78 +554,3 @@ def _numeric_date(claims: Mapping[str, Any], name: str) -> datetime | None:
     if not 0 <= value < _END_OF_TIME:
         raise TokenRejected(f"the token's {name} is out of range")
     return datetime.fromtimestamp(value, UTC)
-
-
-# --- algorithms -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _JwsAlgorithm:
-    """One value of `alg`: which keys it fits and how they verify (RFC 7518 section 3)."""
-
-    name: str
-    check: Callable[[JwtPublicKey, bytes, bytes], None]
-
-    def verifies(self, public_key: JwtPublicKey, signature: bytes, message: bytes) -> bool:
-        """Whether the key fits the algorithm and the signature holds."""
-        try:
-            self.check(public_key, signature, message)
-        except InvalidSignature:
-            return False
-        return True
-
-
-def _rs(hash_: hashes.HashAlgorithm) -> Callable[[JwtPublicKey, bytes, bytes], None]:
-    def check(public_key: JwtPublicKey, signature: bytes, message: bytes) -> None:
-        if not isinstance(public_key, rsa.RSAPublicKey):
-            raise InvalidSignature
-        public_key.verify(signature, message, padding.PKCS1v15(), hash_)
-
-    return check
-
-
-def _ps(hash_: hashes.HashAlgorithm) -> Callable[[JwtPublicKey, bytes, bytes], None]:
-    # RFC 7518 section 3.5: MGF1 with the same hash, a salt as long as the hash.
-    scheme = padding.PSS(mgf=padding.MGF1(hash_), salt_length=hash_.digest_size)
-
-    def check(public_key: JwtPublicKey, signature: bytes, message: bytes) -> None:
-        if not isinstance(public_key, rsa.RSAPublicKey):
-            raise InvalidSignature
-        public_key.verify(signature, message, scheme, hash_)
-
-    return check
-
-
-def _es(hash_: hashes.HashAlgorithm, curve: type[ec.EllipticCurve]) -> Callable[..., None]:
-    octets = (curve().key_size + 7) // 8
-
-    def check(public_key: JwtPublicKey, signature: bytes, message: bytes) -> None:
-        if not isinstance(public_key, ec.EllipticCurvePublicKey):
-            raise InvalidSignature
-        if not isinstance(public_key.curve, curve) or len(signature) != 2 * octets:
-            raise InvalidSignature
-        r = int.from_bytes(signature[:octets], "big")
-        s = int.from_bytes(signature[octets:], "big")
-        public_key.verify(encode_dss_signature(r, s), message, ec.ECDSA(hash_))
-
-    return check
-
-
-def _table(algorithms: Iterable[_JwsAlgorithm]) -> Mapping[str, _JwsAlgorithm]:
-    return MappingProxyType({algorithm.name: algorithm for algorithm in algorithms})
-
-
-JWS_ALGORITHMS: Final = _table(
-    (
-        _JwsAlgorithm("RS256", _rs(hashes.SHA256())),
-        _JwsAlgorithm("RS384", _rs(hashes.SHA384())),
-        _JwsAlgorithm("RS512", _rs(hashes.SHA512())),
-        _JwsAlgorithm("ES256", _es(hashes.SHA256(), ec.SECP256R1)),
-        _JwsAlgorithm("ES384", _es(hashes.SHA384(), ec.SECP384R1)),
-        _JwsAlgorithm("ES512", _es(hashes.SHA512(), ec.SECP521R1)),
-        _JwsAlgorithm("PS256", _ps(hashes.SHA256())),
-        _JwsAlgorithm("PS384", _ps(hashes.SHA384())),
-        _JwsAlgorithm("PS512", _ps(hashes.SHA512())),
-    )
-)
-"""The nine algorithms of JWT-SVID section 2.1, by name; no other exists."""

@@ -23,8 +23,8 @@ from identity_ca.errors import (
     ProfileViolation,
     TokenRejected,
 )
+from identity_ca.jws import JWS_ALGORITHMS
 from identity_ca.jwt import (
-    JWS_ALGORITHMS,
     MAX_JWT_TTL,
     MAX_TOKEN_BYTES,
     JwtIssuer,
