@@ -42,8 +42,8 @@ from identity_ca.spiffe_id import TrustDomain
 DEFAULT_DATA_DIR: Final = Path("/var/lib/identity-broker")
 MASK: Final = "********"
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", re.ASCII)
-# sun_path holds 107 bytes and a NUL; the inner socket of `localpeer` needs 4 bytes more than ours.
-MAX_SOCKET_PATH_BYTES: Final = 103
+# sun_path holds 107 bytes and a NUL; the inner socket of `localpeer` needs 3 bytes more than ours.
+MAX_SOCKET_PATH_BYTES: Final = 104
 
 
 class KeyManagerKind(StrEnum):

@@ -57,7 +57,8 @@ class Splice:
         self._on_count = on_count
         self._processes: dict[str, ConnectedProcess] = {}
         self._halves: dict[str, tuple[_Half, _Half]] = {}
-        self._joining: set[asyncio.Task[None]] = set()
+        self._names: set[str] = set()  # of every connection from accept to its end
+        self._joining: dict[asyncio.Task[None], tuple[str, socket.socket]] = {}
         self._accepting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -96,9 +97,10 @@ class Splice:
     async def close(self) -> None:
         """End every connection. Twice is harmless."""
         self.stop_accepting()
-        for task in self._joining:
+        joining = list(self._joining)
+        for task in joining:
             task.cancel()
-        await asyncio.gather(*self._joining, return_exceptions=True)
+        await asyncio.gather(*joining, return_exceptions=True)
         for pair in list(self._halves.values()):
             for half in pair:
                 half.abort()
@@ -114,18 +116,25 @@ class Splice:
                 _log.error("local accept failed", error=str(exc))
                 await asyncio.sleep(0.1)
                 continue
-            if len(self._processes) + len(self._joining) >= self._limit:
+            if len(self._names) >= self._limit:
                 _log.warning("local connections exhausted", count=self._limit)
                 connection.close()
                 continue
-            task = asyncio.create_task(self._join(connection), name="localpeer join")
-            self._joining.add(task)
-            task.add_done_callback(self._joining.discard)
+            name = f"idb-{secrets.token_hex(16)}"
+            self._names.add(name)
+            task = asyncio.create_task(self._join(name, connection), name="localpeer join")
+            self._joining[task] = (name, connection)
+            task.add_done_callback(self._joined)
 
-    async def _join(self, outer: socket.socket) -> None:
+    def _joined(self, task: asyncio.Task[None]) -> None:
+        name, connection = self._joining.pop(task)
+        if task.cancelled():  # perhaps before its first step
+            connection.close()
+            self._forget(name)
+
+    async def _join(self, name: str, outer: socket.socket) -> None:
         """Connect the inner side, register the name, and let the bytes flow."""
         loop = asyncio.get_running_loop()
-        name = f"idb-{secrets.token_hex(16)}"
         inner: socket.socket | None = None
         process: ConnectedProcess | None = None
         try:
@@ -187,6 +196,7 @@ class Splice:
         self._on_count(len(self._processes))
 
     def _forget(self, name: str) -> None:
+        self._names.discard(name)
         self._halves.pop(name, None)
         process = self._processes.pop(name, None)
         if process is not None:

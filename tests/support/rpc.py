@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from identity_api.broker.v1 import bundle_pb2
 
+from identity_api.broker.v1 import bundle_pb2
 from identity_broker.domain.caller import (
     Caller,
     CallerClass,
