@@ -13,7 +13,6 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from identity_broker.cli.output import distance
+from identity_broker.domain.clock import SystemClock
 from identity_broker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,8 +57,13 @@ def check_server(settings: Settings) -> list[str]:
 
     Raises:
         ConfigError: a directory cannot be used.
+        StoreUnavailable: the database does not answer.
         CAError: the signing backend cannot be used.
     """
+    import asyncio
+
+    from identity_broker.server.preflight import check_dependencies
+
     done = ["configuration"]
     data_dir = settings.server.data_dir
     nearest = next(path for path in (data_dir, *data_dir.absolute().parents) if path.exists())
@@ -66,17 +71,7 @@ def check_server(settings: Settings) -> list[str]:
         problem = f"server.data_dir: this user cannot write there ({nearest})"
         raise ConfigError("the broker's directory cannot be used", problems=(problem,))
     done.append("data directory")
-    if settings.openbao.wrapped_secret_id_file is not None and settings.needs_openbao:
-        return done
-    from identity_broker.server.backends import build_backends
-
-    with ExitStack() as resources:
-        backends = build_backends(settings, resources)
-        backends.keys.check()
-        done.append(f"key manager {backends.keys.name}")
-        backends.upstream.check()
-        done.append(f"upstream authority {backends.upstream.name}")
-    return done
+    return [*done, *asyncio.run(check_dependencies(settings, SystemClock()))]
 
 
 def readiness(address: str, now: datetime) -> Iterator[Finding]:

@@ -45,6 +45,8 @@ def _line(moment: Moment) -> str:
     text = clean(moment.text)
     if moment.mood == "act":
         return f"\n{paint(text, Style.HEAD)}\n"
+    if moment.mood == "next":
+        return f"  {text}"
     symbol = " "
     if moment.mood in ("held", "failed"):
         symbol = mark(held=moment.mood == "held")

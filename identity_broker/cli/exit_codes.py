@@ -55,6 +55,7 @@ BY_KIND: Mapping[Kind, ExitCode] = MappingProxyType(
         Kind.STALE: ExitCode.CONFLICT,
         Kind.EXHAUSTED: ExitCode.UNAVAILABLE,
         Kind.UNAVAILABLE: ExitCode.UNAVAILABLE,
+        Kind.DEADLINE: ExitCode.UNAVAILABLE,
         Kind.INTERNAL: ExitCode.BUG,
     }
 )

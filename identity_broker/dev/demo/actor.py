@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -106,10 +107,8 @@ class Actor:
     def stop(self) -> None:
         """End it; twice is harmless."""
         if self._process.stdin is not None:
-            try:
+            with contextlib.suppress(OSError):  # what was unsent has nobody to read it
                 self._process.stdin.close()
-            except OSError:  # what was unsent goes to a process that has ended
-                pass
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:

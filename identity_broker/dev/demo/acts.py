@@ -82,8 +82,8 @@ def with_identities(stage: Stage, api_key: str) -> Cast:
     """Both services become somebody; the key becomes worthless; certificates rotate."""
     tell = stage.timeline
     tell.act("Act 2  With identities: mutual TLS, certificates that live ten seconds")
-    tell.command(f"idb dev --dir {stage.dev_directory} --trust-domain {TRUST_DOMAIN}")
-    stage.start_dev(lambda line: None)
+    tell.command(f"idb dev --dir dev --trust-domain {TRUST_DOMAIN}")
+    stage.start_dev()
     authorities = stage.idb("authority", "list", show=False).document["authorities"]
     key_id = next(one["key_id"] for one in authorities if one["kind"] == "x509")
     tell.step(
@@ -175,7 +175,7 @@ def _worthless(stage: Stage, intruder: Actor, api_key: str) -> None:
 
 def _refused(answer: Event) -> bool:
     # The handshake ends without an SVID: no handler ran, so there is no reason of a handler's.
-    return answer["reason"] == "UNAVAILABLE"
+    return bool(answer["reason"] == "UNAVAILABLE")
 
 
 def _rotation(stage: Stage, cast: Cast, inventory: Actor) -> None:
@@ -256,7 +256,7 @@ def incident(stage: Stage, cast: Cast) -> dict[str, Any]:
         )
     failed = cast.customers.wait_for("order_failed", seconds=15.0)
     tell.step("orders", f"is refused as well: {failed['reason']}", holds=bool(failed["reason"]))
-    _ledger(stage, cast)
+    _ledger(stage)
     return measured
 
 
@@ -267,7 +267,7 @@ def _next_identity(stage: Stage, actor: Actor, before_count: int) -> Event:
     return actor.last("identity")
 
 
-def _ledger(stage: Stage, cast: Cast) -> None:
+def _ledger(stage: Stage) -> None:
     tell = stage.timeline
     arguments = ("credential", "list", "--spiffe-id", "/orders", "--state", "revoked")
     revoked = stage.idb(*arguments).document["credentials"]
@@ -300,7 +300,7 @@ def _curtain(stage: Stage) -> None:
         "idb --dir .dev token generate --node web-1",
         "idb --help                          # and docs/, which starts with the quickstart",
     ):
-        tell.command(command)
+        tell.next(command)
 
 
 def _masked(api_key: str) -> str:

@@ -37,7 +37,7 @@ def with_api_key(api_key: str) -> tuple[grpc.Server, int]:
         emit("call", caller="whoever has the API key", item=request["item"])
         return {"reserved": request["item"]}
 
-    server = _server(reserve, ())
+    server = _server(reserve, [])
     return server, server.add_insecure_port(_ANY_PORT)
 
 
@@ -49,7 +49,7 @@ def with_identity(described: Message, allow: str) -> tuple[grpc.Server, int]:
         emit("call", caller=str(peer_spiffe_id(context)), item=request["item"])
         return {"reserved": request["item"]}
 
-    server = _server(reserve, (authorize_peers(source, allow),))
+    server = _server(reserve, [authorize_peers(source, allow)])
     return server, server.add_secure_port(_ANY_PORT, server_credentials(source))
 
 
@@ -68,9 +68,9 @@ def main() -> None:
     server.stop(grace=0.5).wait()
 
 
-def _server(reserve: Handler, interceptors: tuple[grpc.ServerInterceptor, ...]) -> grpc.Server:
+def _server(reserve: Handler, interceptors: list[grpc.ServerInterceptor]) -> grpc.Server:
     pool = ThreadPoolExecutor(max_workers=4)
-    return grpc.server(pool, handlers=(service(RESERVE, reserve),), interceptors=interceptors)
+    return grpc.server(pool, handlers=[service(RESERVE, reserve)], interceptors=interceptors)
 
 
 if __name__ == "__main__":

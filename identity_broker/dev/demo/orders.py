@@ -36,18 +36,18 @@ def main() -> None:
     told = commands()
     asked = next(told)
     source: IdentitySource | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
     if "api_key" in asked:
         reserve = unary(grpc.insecure_channel(asked["inventory"]), RESERVE)
         metadata = ((API_KEY_HEADER, asked["api_key"]),)
     else:
         source = start_source(asked["identity"])
         reserve = unary(secure_channel(source, asked["inventory"], peer=asked["peer"]), RESERVE)
-        metadata = ()
 
     def call(item: str) -> Message:
         return reserve({"item": item}, timeout=_CALL_SECONDS, metadata=metadata)
 
-    server = grpc.server(ThreadPoolExecutor(max_workers=4), handlers=(service(PLACE, place(call)),))
+    server = grpc.server(ThreadPoolExecutor(max_workers=4), handlers=[service(PLACE, place(call))])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     emit("ready", address=f"127.0.0.1:{port}")

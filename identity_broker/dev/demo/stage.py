@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,11 +70,17 @@ class Stage:
         self._resources.callback(actor.stop)
         return actor
 
-    def start_dev(self, on_line: Callable[[str], None]) -> None:
-        """Start `idb dev`, telling each line it says, and wait until it is ready."""
+    def start_dev(self) -> None:
+        """Start `idb dev` and wait until it is ready.
+
+        Raises:
+            DemoStepFailed: it does not become ready; its last words are told.
+        """
         process = subprocess.Popen(
-            _idb("dev", "--dir", str(self.dev_directory), "--trust-domain", TRUST_DOMAIN)
-            + ["-o", "json"],
+            _idb(
+                *("dev", "--dir", str(self.dev_directory)),
+                *("--trust-domain", TRUST_DOMAIN, "-o", "json"),
+            ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -83,7 +90,7 @@ class Stage:
             preexec_fn=tied_to_parent(),  # noqa: PLW1509 - does nothing but prctl
         )
         lines: list[str] = []
-        reader = threading.Thread(target=_read_lines, args=(process, lines, on_line), daemon=True)
+        reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()
         self._resources.callback(_end, process, reader)
         until = time.monotonic() + _START_SECONDS
@@ -100,7 +107,8 @@ class Stage:
             DemoStepFailed: it printed no JSON.
         """
         if show:
-            self.timeline.command("idb " + " ".join(arguments))
+            typed = "idb " + " ".join(arguments)
+            self.timeline.command(typed.replace(f"{self.folder}/", ""))
         started = time.monotonic()
         done = subprocess.run(
             _idb("--dir", str(self.dev_directory), *arguments, "-o", "json"),
@@ -140,6 +148,8 @@ def run_demo(keep: Path | None, show: Callable[[Moment], None]) -> dict[str, Any
     from identity_broker.dev.demo import acts  # noqa: PLC0415 - acts are made of stages
 
     timeline = Timeline(show)
+    # As Ctrl-C does: through the ends of all blocks, so that every process is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _folder(keep) as folder:
         stage = Stage(folder, timeline)
         try:
@@ -179,12 +189,8 @@ def _environment() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if not name.startswith("IDB_")}
 
 
-def _read_lines(
-    process: subprocess.Popen[str], lines: list[str], on_line: Callable[[str], None]
-) -> None:
-    for line in process.stderr or ():
-        lines.append(line.rstrip())
-        on_line(line.rstrip())
+def _read_lines(process: subprocess.Popen[str], lines: list[str]) -> None:
+    lines.extend(line.rstrip() for line in process.stderr or ())
 
 
 def _end(process: subprocess.Popen[str], reader: threading.Thread) -> None:

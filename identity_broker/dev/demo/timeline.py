@@ -19,6 +19,7 @@ class Mood(StrEnum):
     ACT = "act"  # a new act begins
     TALK = "talk"  # something happens
     COMMAND = "command"  # what an operator would type
+    NEXT = "next"  # what the audience may type
     HELD = "held"  # a step of the demonstration held
     FAILED = "failed"  # … or did not
 
@@ -57,6 +58,10 @@ class Timeline:
     def command(self, text: str) -> None:
         """The operator types something."""
         self._add("operator", f"$ {text}", Mood.COMMAND)
+
+    def next(self, text: str) -> None:
+        """Something the audience may type."""
+        self._add("", text, Mood.NEXT)
 
     def step(self, actor: str, text: str, *, holds: bool) -> None:
         """A step of the demonstration.

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -73,12 +73,13 @@ def service(method: str, handler: Handler) -> grpc.GenericRpcHandler:
 
 def reason_of(error: grpc.RpcError) -> str:
     """The stable reason of a refusal, or the status code's name."""
-    status = rpc_status.from_call(error)
+    call = cast("grpc.Call", error)  # what a stub raises is both
+    status = rpc_status.from_call(call)
     for detail in status.details if status is not None else ():
         info = ErrorInfo()
         if detail.Unpack(info):
             return str(info.reason)
-    return str(error.code().name)
+    return str(call.code().name)
 
 
 def metadata_of(context: grpc.ServicerContext) -> Mapping[str, str | bytes]:
