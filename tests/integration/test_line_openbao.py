@@ -12,38 +12,8 @@ from typing import Any
 
 import pytest
 
-from identity_broker.config.settings import Settings
-from support.line import RunningBroker, running, settings_in
+from support.line import RunningBroker, openbao_settings, running
 from support.openbao import Fault, FaultProxy, VaultSite
-
-
-def openbao_settings(directory: Path, site: VaultSite, address: str, **ca: Any) -> Settings:
-    """Settings of a broker that logs in at `address` with exactly the provisioned AppRole."""
-    directory.mkdir(mode=0o700, exist_ok=True)
-    role_id = directory / "role-id"
-    role_id.write_text(site.provisioned.role_id)
-    wrapped = site.admin.auth.approle.generate_secret_id(
-        site.layout.role, mount_point=site.layout.approle_mount, wrap_ttl="120s"
-    )
-    secret_id = directory / "wrapped-secret-id"
-    secret_id.write_text(wrapped["wrap_info"]["token"])
-    secret_id.chmod(0o600)
-    return settings_in(
-        directory,
-        ca={"key_manager": "transit", "upstream": "vault_pki", "x509_ca_ttl": "24h", **ca},
-        openbao={
-            "address": address,
-            "timeout": "2s",
-            "auth": "approle",
-            "role_id_file": str(role_id),
-            "wrapped_secret_id_file": str(secret_id),
-            "transit_mount": site.layout.transit_mount,
-            "x509_key": site.layout.x509_key,
-            "jwt_key": site.layout.jwt_key,
-            "pki_mount": site.layout.pki_mount,
-            "pki_issuer": site.layout.issuer,
-        },
-    )
 
 
 async def _ready(broker: RunningBroker) -> tuple[int, dict[str, Any]]:
@@ -148,7 +118,7 @@ async def test_an_intermediate_in_memory_goes_on_without_openbao(
     tmp_path: Path, vault_site: VaultSite, fault_proxy: FaultProxy
 ) -> None:
     settings = openbao_settings(
-        tmp_path / "idb", vault_site, fault_proxy.address, key_manager="memory"
+        tmp_path / "idb", vault_site, fault_proxy.address, ca={"key_manager": "memory"}
     )
     async with running(settings) as broker:
         node = await broker.join("web-1")

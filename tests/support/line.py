@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -34,6 +34,10 @@ from identity_api.broker.v1 import (
 from identity_broker.config.settings import Settings
 from identity_broker.server.app import BoundAddresses, run_broker
 from identity_ca.spiffe_id import SpiffeId
+
+if TYPE_CHECKING:
+    # A plugin of its own: pytest wants to import it first.
+    from support.openbao import VaultSite
 
 TRUST_DOMAIN = "example.org"
 BROKER_NAME = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/idb/broker").dns_san() or ""
@@ -264,10 +268,61 @@ async def running(settings: Settings, **options: Any) -> AsyncIterator[RunningBr
         await broker
 
 
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[RunningBroker]:
-    """A broker on SQLite with keys in memory."""
-    async with running(
-        settings_in(tmp_path / "idb", ca={"key_manager": "memory"})
-    ) as running_broker:
+def openbao_settings(
+    directory: Path,
+    site: VaultSite,
+    address: str,
+    *,
+    ca: Mapping[str, Any] | None = None,
+    **tables: Any,
+) -> Settings:
+    """Settings of a broker that logs in at `address` with exactly the provisioned AppRole."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    role_id = directory / "role-id"
+    role_id.write_text(site.provisioned.role_id)
+    wrapped = site.admin.auth.approle.generate_secret_id(
+        site.layout.role, mount_point=site.layout.approle_mount, wrap_ttl="120s"
+    )
+    secret_id = directory / "wrapped-secret-id"
+    secret_id.write_text(wrapped["wrap_info"]["token"])
+    secret_id.chmod(0o600)
+    return settings_in(
+        directory,
+        ca={"key_manager": "transit", "upstream": "vault_pki", "x509_ca_ttl": "24h", **(ca or {})},
+        openbao={
+            "address": address,
+            "timeout": "2s",
+            "auth": "approle",
+            "role_id_file": str(role_id),
+            "wrapped_secret_id_file": str(secret_id),
+            "transit_mount": site.layout.transit_mount,
+            "x509_key": site.layout.x509_key,
+            "jwt_key": site.layout.jwt_key,
+            "pki_mount": site.layout.pki_mount,
+            "pki_issuer": site.layout.issuer,
+        },
+        **tables,
+    )
+
+
+@pytest.fixture(
+    params=[
+        "sqlite-memory",
+        pytest.param("postgresql-openbao", marks=[pytest.mark.postgresql, pytest.mark.openbao]),
+    ]
+)
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RunningBroker]:
+    """A broker: on SQLite with keys in memory, and on PostgreSQL with keys in OpenBao."""
+    directory = tmp_path / "idb"
+    if request.param == "sqlite-memory":
+        settings = settings_in(directory, ca={"key_manager": "memory"})
+    else:
+        site: VaultSite = request.getfixturevalue("vault_site")
+        settings = openbao_settings(
+            directory,
+            site,
+            site.address,
+            store={"url": request.getfixturevalue("postgres_url")},
+        )
+    async with running(settings) as running_broker:
         yield running_broker
