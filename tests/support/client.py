@@ -1,10 +1,10 @@
-"""A tiny gRPC service over bytes, sync and asyncio, for the SDK's tests."""
+"""A tiny gRPC service over bytes, sync and asyncio, and sources of a real broker."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -18,6 +18,7 @@ from identity_client.integrations.grpc import (
     peer_spiffe_id,
     server_credentials,
 )
+from support.line import RunningBroker
 
 NAMES = {
     "unary_unary": "/test.Echo/Unary",
@@ -101,3 +102,21 @@ async def echo_server_aio(source: Any, authorize: Any) -> AsyncIterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(0)
+
+
+def source_arguments(broker: RunningBroker) -> dict[str, Any]:
+    """What every source needs to find `broker`."""
+    return {
+        "address": broker.addresses.address,
+        "bootstrap_address": broker.addresses.bootstrap_address,
+        "trust_domain": "example.org",
+        "bundle_file": broker.settings.server.bundle_file,
+    }
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits until `condition` holds; fails the test when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)

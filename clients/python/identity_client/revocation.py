@@ -54,6 +54,7 @@ class DenySet:
         self, revoked: Iterable[RevokedCredential], *, now: datetime
     ) -> tuple[RevokedCredential, ...]:
         """Denies what has not expired, forgets what has; returns what was not denied before."""
+        self.prune(now=now)
         fresh = []
         for credential in revoked:
             if credential.expires_at <= now or credential.id in self._denied:
@@ -61,7 +62,6 @@ class DenySet:
             self._denied[credential.id] = credential.expires_at
             heapq.heappush(self._expiries, (credential.expires_at, credential.id))
             fresh.append(credential)
-        self.prune(now=now)
         return tuple(fresh)
 
     def prune(self, *, now: datetime) -> None:
