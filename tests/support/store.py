@@ -22,7 +22,6 @@ from identity_broker.domain.node import Node
 from identity_broker.domain.selector import Selector
 from identity_broker.store import Store
 from identity_ca.spiffe_id import SpiffeId
-
 from support.postgres import PostgresServer
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
