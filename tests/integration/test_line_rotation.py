@@ -1,0 +1,268 @@
+"""rotate: authorities are prepared, published, activated and forgotten in time."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from identity_broker.domain.caller import Caller, CallerClass
+from identity_broker.domain.credential import CredentialState, RevocationReason
+from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.node import AttestedNode, Node
+from identity_broker.domain.selector import Selector
+from identity_broker.errors import AuthorityUnavailable, PolicyViolation
+from identity_broker.lifecycle.authorize import Authorize, TtlPolicy
+from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.issue import Issue, X509Order, one
+from identity_broker.lifecycle.record import Record
+from identity_broker.lifecycle.revoke import Revoke
+from identity_broker.lifecycle.rotate import AuthorityPolicy, RotateAuthorities, RotateServer
+from identity_broker.registry.entries import Entries
+from identity_broker.signing import Signing
+from identity_broker.store import Store
+from identity_ca.authority import AuthorityKind, AuthorityState
+from identity_ca.backends.memory import MemoryKeyManager
+from identity_ca.backends.selfsigned import SelfSignedUpstream
+from identity_ca.chain import verify_x509_svid
+from identity_ca.keys import KeyAlgorithm
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
+from support.line import TRUST_DOMAIN, csr_for, new_key
+from support.store import SettableClock, sqlite_url
+
+START = datetime(2030, 1, 1, tzinfo=UTC)
+DOMAIN = TrustDomain.parse(TRUST_DOMAIN)
+NODE = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/idb/node/join_token/web-1")
+OPERATOR = Caller(frozenset({CallerClass.LOCAL}), "uid:0")
+LIFE = timedelta(hours=12)
+HINT = timedelta(minutes=5)
+TTL = TtlPolicy(
+    x509=timedelta(hours=1),
+    jwt=timedelta(minutes=5),
+    node=timedelta(hours=1),
+    max_x509=timedelta(hours=1),
+    max_jwt=timedelta(hours=1),
+)
+
+
+class Parts:
+    """The verbs, on a real store and real keys, with a clock that is set by hand."""
+
+    def __init__(self, store: Store, clock: SettableClock, keys: MemoryKeyManager) -> None:
+        self.store = store
+        self.clock = clock
+        self.directory = Directory(store, DOMAIN, clock)
+        self.signing = Signing(
+            trust_domain=DOMAIN, keys=keys, upstream=SelfSignedUpstream(), refresh_hint=HINT
+        )
+        self.authorize = Authorize(self.directory, DOMAIN, TTL, clock)
+        self.record = Record(store, clock, unconfirmed_after=timedelta(minutes=1))
+        self.issue = Issue(self.signing, self.record, clock)
+        self.revoke = Revoke(store, self.directory, clock, self.issue.settled)
+        self.entries = Entries(store, self.directory, DOMAIN, clock)
+        self.rotate = RotateAuthorities(
+            signing=self.signing,
+            store=store,
+            policy=AuthorityPolicy(KeyAlgorithm.EC_P256, LIFE, KeyAlgorithm.EC_P256, LIFE, HINT),
+            clock=clock,
+        )
+
+    def states(self, kind: AuthorityKind) -> list[str]:
+        now = self.signing.authorities
+        chosen = now.x509_set if kind is AuthorityKind.X509 else now.jwt_set
+        return [authority.state.value for authority in chosen]
+
+    async def admit(self) -> RegistrationEntry:
+        """Attest a node by hand and register an entry below it."""
+        attested = AttestedNode(NODE, "join_token", frozenset(), reattestable=False)
+        credential = one(
+            await self.issue.x509(
+                [X509Order(self.authorize.attested(attested), csr_for(new_key()))]
+            )
+        )
+        node = Node(
+            NODE,
+            "join_token",
+            frozenset(),
+            self.clock.now(),
+            credential.serial,
+            credential.not_after,
+            reattestable=False,
+        )
+        await self.store.write(lambda repos: repos.nodes.upsert(node))
+        entry = RegistrationEntry(
+            id="api",
+            spiffe_id=SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/payments/api"),
+            parent_id=NODE,
+            selectors=frozenset({Selector("unix", "uid:1000")}),
+        )
+        [created] = await self.entries.create([entry], OPERATOR)
+        assert isinstance(created, RegistrationEntry)
+        return created
+
+
+@pytest.fixture
+async def parts(tmp_path: Path):
+    clock = SettableClock(START)
+    tmp_path.chmod(0o700)
+    store = Store(sqlite_url(tmp_path), clock=clock)
+    await store.migrate()
+    built = Parts(store, clock, MemoryKeyManager())
+    await built.directory.load()
+    await built.rotate.start()
+    yield built
+    await built.signing.close()
+    await store.close()
+
+
+async def test_an_authority_is_replaced_without_a_gap(parts: Parts) -> None:
+    entry = await parts.admit()
+    chains = []
+    sequences = [parts.signing.bundle.sequence]
+    seen: list[list[str]] = []
+    for _ in range(13 * 4):  # thirteen hours, by quarters
+        grant = parts.authorize.entry(NODE, entry.id)
+        issued = one(await parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
+        chains.append(issued)
+        # Whatever is valid now verifies with what is published now.
+        for credential in chains:
+            if credential.not_before <= parts.clock.now() < credential.not_after:
+                verify_x509_svid(
+                    credential.chain, bundle=parts.signing.bundle, now=parts.clock.now()
+                )
+        states = parts.states(AuthorityKind.X509)
+        if not seen or seen[-1] != states:
+            seen.append(states)
+        if parts.signing.bundle.sequence != sequences[-1]:
+            sequences.append(parts.signing.bundle.sequence)
+        parts.clock.time += timedelta(minutes=15)
+        await parts.rotate.run()
+    # The third generation is prepared in the moment the first has expired.
+    assert seen == [
+        ["active"],
+        ["active", "prepared"],
+        ["old", "active"],
+        ["active", "prepared"],
+    ]
+    assert sequences == sorted(set(sequences))
+    assert len(sequences) >= 4
+
+
+async def test_a_new_key_is_published_before_it_signs(parts: Parts) -> None:
+    first = parts.signing.authorities.x509_set.active
+    assert first is not None
+    # The job was away for most of the authority's life: the successor still waits its turn.
+    parts.clock.time = START + LIFE * 5 / 6 + timedelta(minutes=1)
+    await parts.rotate.run()
+    assert parts.signing.authorities.x509_set.active == first
+    prepared = parts.signing.authorities.x509_set.prepared
+    assert prepared is not None
+    assert set(prepared.roots) < set(parts.signing.bundle.x509_authorities)
+    parts.clock.time += HINT
+    await parts.rotate.run()
+    active = parts.signing.authorities.x509_set.active
+    assert active is not None
+    assert active.id == prepared.id
+
+
+async def test_nothing_outlives_its_authority(parts: Parts) -> None:
+    entry = await parts.admit()
+    grant = parts.authorize.entry(NODE, entry.id)
+    active = parts.signing.authorities.x509_set.active
+    assert active is not None
+    parts.clock.time = active.not_after - timedelta(minutes=10)
+    issued = one(await parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
+    assert issued.not_after <= active.not_after
+    parts.clock.time = active.not_after - timedelta(seconds=30)
+    with pytest.raises(PolicyViolation):
+        one(await parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
+
+
+async def test_what_was_prepared_by_a_replaced_authority_is_not_signed(parts: Parts) -> None:
+    entry = await parts.admit()
+    grant = parts.authorize.entry(NODE, entry.id)
+    prepared = parts.signing.prepare_x509(grant, csr_for(new_key()), parts.clock.now())
+    parts.clock.time = START + LIFE
+    await parts.rotate.run()
+    with pytest.raises(AuthorityUnavailable):
+        await parts.signing.sign_x509([prepared])
+
+
+async def test_a_lost_key_is_replaced_at_the_next_start(parts: Parts) -> None:
+    before = parts.signing.authorities.x509_set.active
+    assert before is not None
+    again = Parts(parts.store, parts.clock, MemoryKeyManager())
+    await again.rotate.start()
+    after = again.signing.authorities.x509_set
+    assert after.active is not None
+    assert after.active.id != before.id
+    assert after.get(before.id).state is AuthorityState.OLD
+    assert set(before.roots) <= set(again.signing.bundle.x509_authorities)
+    await again.signing.close()
+
+
+async def test_the_brokers_own_svid_is_replaced_at_half_of_its_life(parts: Parts) -> None:
+    server = RotateServer(authorize=parts.authorize, issue=parts.issue, clock=parts.clock)
+    assert await server.run()
+    first = server.current
+    assert first is not None
+    assert not await server.run()
+    parts.clock.time += timedelta(minutes=31)
+    assert await server.run()
+    assert server.current is not None
+    assert server.current.credential.serial != first.credential.serial
+    await parts.store.ledger.flush()
+    former = await parts.store.read(lambda repos: repos.credentials.get(first.credential.serial))
+    assert former.state is CredentialState.SUPERSEDED
+
+
+async def test_revoking_an_identity_catches_what_was_being_issued(parts: Parts) -> None:
+    import asyncio
+
+    entry = await parts.admit()
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    intend = parts.record.intend
+
+    async def slow_intend(*args, **kwargs):
+        reached.set()
+        await go_on.wait()
+        await intend(*args, **kwargs)
+
+    parts.record.intend = slow_intend  # type: ignore[method-assign]
+    grant = parts.authorize.entry(NODE, entry.id)
+    issuing = asyncio.create_task(parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
+    await reached.wait()
+    revoking = asyncio.create_task(
+        parts.revoke.identity(entry.spiffe_id, RevocationReason.KEY_COMPROMISE, "stolen", OPERATOR)
+    )
+    while not (parts.directory.entry(entry.id) or entry).disabled:
+        await asyncio.sleep(0.01)
+    assert not revoking.done()
+    go_on.set()
+    issued = one(await issuing)
+    revoked = await revoking
+    assert [item.id for item in revoked.revocations] == [issued.serial]
+    assert parts.directory.is_revoked(issued.serial)
+    await parts.store.ledger.flush()
+    stored = await parts.store.read(lambda repos: repos.credentials.get(issued.serial))
+    assert stored.state is CredentialState.REVOKED
+
+
+async def test_a_caller_that_hangs_up_leaves_a_recorded_credential(parts: Parts) -> None:
+    import asyncio
+
+    entry = await parts.admit()
+    grant = parts.authorize.entry(NODE, entry.id)
+    issuing = asyncio.create_task(parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
+    while not parts.issue._under_way:
+        await asyncio.sleep(0)
+    issuing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await issuing
+    await parts.issue.settled()
+    await parts.store.ledger.flush()
+    valid = await parts.store.read(
+        lambda repos: repos.credentials.valid_for(entry.spiffe_id, parts.clock.now())
+    )
+    assert [item.state for item in valid] == [CredentialState.ISSUED]
