@@ -1,0 +1,178 @@
+"""Every converter: whatever bytes arrive, the answer is a value or a refusal with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from google.protobuf.message import DecodeError, Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from identity_api.broker.v1 import credential_pb2, entry_pb2, node_pb2, types_pb2
+from identity_broker.domain import names
+from identity_broker.domain.entry import UPDATABLE_FIELDS, RegistrationEntry
+from identity_broker.domain.selector import Selector
+from identity_broker.errors import BrokerError, Kind
+from identity_broker.server.rpc import convert
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
+
+DOMAIN = TrustDomain.parse("example.org")
+STORED = RegistrationEntry(
+    id="stored",
+    spiffe_id=SpiffeId.parse("spiffe://example.org/payments/api"),
+    parent_id=names.node_id(DOMAIN, "join_token", "web-1"),
+    selectors=frozenset({Selector("unix", "uid:1000")}),
+)
+# Half sense, half nonsense: what is near the limits of what is allowed.
+TEXTS = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(
+        [
+            "",
+            "spiffe://example.org/payments/api",
+            "spiffe://example.org/idb/broker",
+            "spiffe://example.org/payments/../admin",
+            "spiffe://example.org/%2e%2e/admin",
+            "spiffe://example.org//admin",
+            "spiffe://EXAMPLE.org/admin",
+            "spiffe://other.org/admin",
+            "spiffe://example.org",
+            "spiffe://example.org/" + "a" * 2048,
+            "unix",
+            "uid:1000",
+            "\x00",
+            "pay.internal",
+            "x.svid.example.org",
+        ]
+    ),
+)
+NUMBERS = st.one_of(st.sampled_from([0, 1, -1, 10, 3600, 2**31 - 1]), st.integers(0, 10**6))
+SELECTORS = st.builds(types_pb2.Selector, type=TEXTS, value=TEXTS)
+ENTRIES = st.builds(
+    types_pb2.RegistrationEntry,
+    id=TEXTS,
+    spiffe_id=TEXTS,
+    parent_id=TEXTS,
+    selectors=st.lists(SELECTORS, max_size=3),
+    x509_ttl_seconds=NUMBERS,
+    jwt_ttl_seconds=NUMBERS,
+    dns_names=st.lists(TEXTS, max_size=3),
+    hint=TEXTS,
+    federates_with=st.lists(TEXTS, max_size=2),
+    admin=st.booleans(),
+    disabled=st.booleans(),
+    expires_at=st.one_of(st.sampled_from([0, -1, 2**63 - 1, 253402300800]), NUMBERS),
+    owner=TEXTS,
+    labels=st.dictionaries(TEXTS, TEXTS, max_size=3),
+    revision=st.integers(0, 2**64 - 1),
+)
+FIELDS = st.lists(st.one_of(st.sampled_from(sorted(UPDATABLE_FIELDS)), TEXTS), max_size=4)
+
+
+def _refused_well(error: BrokerError) -> None:
+    assert error.kind in (Kind.INVALID, Kind.NOT_FOUND)
+    assert error.reason not in ("", "INTERNAL")
+    assert error.public
+    assert "\x00" not in error.public
+
+
+@given(message=ENTRIES)
+def test_an_entry_is_stored_as_sent_or_refused(message: types_pb2.RegistrationEntry) -> None:
+    try:
+        entry = convert.from_entry(message, message.id or "chosen")
+    except BrokerError as error:
+        _refused_well(error)
+        return
+    assert convert.from_entry(convert.to_entry(entry), entry.id) == entry
+    assert not names.is_reserved(entry.spiffe_id)
+    assert ".." not in entry.spiffe_id.path.split("/")
+
+
+@given(message=ENTRIES, fields=FIELDS)
+def test_an_update_changes_the_named_fields_alone(
+    message: types_pb2.RegistrationEntry, fields: list[str]
+) -> None:
+    try:
+        changed = convert.from_update(STORED, message, fields)
+    except BrokerError as error:
+        _refused_well(error)
+        return
+    before, after = convert.to_entry(STORED), convert.to_entry(changed)
+    for field in types_pb2.RegistrationEntry.DESCRIPTOR.fields_by_name:
+        if field not in fields:
+            assert getattr(before, field) == getattr(after, field), field
+
+
+PARSERS: list[tuple[type[Message], Callable[[Any], object]]] = [
+    (entry_pb2.ListEntriesRequest, convert.from_entry_filter),
+    (node_pb2.ListNodesRequest, convert.from_node_filter),
+    (credential_pb2.ListCredentialsRequest, convert.from_credential_filter),
+    (types_pb2.RegistrationEntry, lambda message: convert.from_entry(message, "id")),
+    (
+        entry_pb2.BatchUpdateEntryRequest.Item,
+        lambda item: convert.from_update(STORED, item.entry, item.fields),
+    ),
+    (entry_pb2.ListEntriesRequest, lambda message: convert.from_page_token(message.page_token)),
+    (entry_pb2.ListEntriesRequest, lambda message: convert.from_page_size(message.page_size)),
+    (credential_pb2.RevokeCredentialRequest, lambda m: convert.from_reason(m.reason)),
+    (credential_pb2.RevokeCredentialRequest, lambda m: convert.from_text(m.comment, "comment")),
+    (
+        credential_pb2.RevokeCredentialRequest,
+        lambda m: convert.from_spiffe_id(m.spiffe_id, "spiffe_id"),
+    ),
+    (
+        node_pb2.CreateJoinTokenRequest,
+        lambda m: convert.from_seconds(m.ttl_seconds, "ttl_seconds"),
+    ),
+    (types_pb2.RegistrationEntry, lambda m: convert.from_epoch(m.expires_at, "expires_at")),
+    (types_pb2.JwtSvid, lambda m: convert.from_authority_kind(m.issued_at)),
+]
+
+
+@pytest.mark.parametrize(("kind", "parse"), PARSERS, ids=[str(at) for at in range(len(PARSERS))])
+@given(raw=st.binary(max_size=200))
+def test_arbitrary_bytes_are_a_value_or_a_refusal(
+    kind: type[Message], parse: Callable[[Any], object], raw: bytes
+) -> None:
+    try:
+        message = kind.FromString(raw)
+    except DecodeError:
+        return
+    try:
+        parse(message)
+    except BrokerError as error:
+        _refused_well(error)
+
+
+@given(key=st.text(st.characters(exclude_characters="\x00", codec="utf-8"), max_size=80))
+def test_a_page_token_comes_back_as_it_went(key: str) -> None:
+    assert convert.from_page_token(convert.to_page_token(key)) == key
+
+
+@given(token=st.text(max_size=60))
+def test_a_made_up_page_token_is_refused(token: str) -> None:
+    try:
+        convert.from_page_token(token)
+    except BrokerError as error:
+        _refused_well(error)
+
+
+@given(
+    seconds=st.integers(0, 253402300799),
+    labels=st.dictionaries(st.sampled_from("abc"), st.text("xyz", max_size=3)),
+)
+def test_times_and_labels_survive_the_wire(seconds: int, labels: dict[str, str]) -> None:
+    entry = RegistrationEntry(
+        id="e",
+        spiffe_id=STORED.spiffe_id,
+        parent_id=STORED.parent_id,
+        selectors=STORED.selectors,
+        expires_at=datetime.fromtimestamp(seconds, UTC) if seconds else None,
+        labels=MappingProxyType(labels),
+        x509_ttl=timedelta(seconds=10 + seconds % 1000),
+    )
+    assert convert.from_entry(convert.to_entry(entry), "e") == entry
