@@ -207,6 +207,8 @@ def test_a_token_that_no_longer_grows_is_replaced_before_it_ends(
     assert token_of(session) != first
     assert fault_proxy.paths().count("auth/approle/login") >= 2
     assert fault_proxy.paths().count("sys/wrapping/unwrap") == 1
+    # Replaced while it was good: nobody had to find out from a 403 that it had ended.
+    assert "auth/token/lookup-self" not in fault_proxy.paths()
 
 
 def test_trap_a_batch_token_is_replaced_not_renewed(short_site, open_session, fault_proxy):

@@ -129,9 +129,9 @@ def test_a_key_that_cannot_sign_is_refused(open_session, mount):
         keys.check()
 
 
-def test_trap_the_default_hash_of_p384_is_sha256(open_session, mount):
+def test_trap_the_default_hash_of_p384_is_sha256(proxied, fault_proxy, mount):
     """3b: sha2-256 for every curve unless told."""
-    session = open_session()
+    session = proxied
     keys = keys_in(session, mount, "ecdsa-p384")
     key = keys.load("transit:k@1")
     answer = session.post(f"{mount}/sign/k", {"input": base64.b64encode(MESSAGE).decode()})
@@ -141,6 +141,7 @@ def test_trap_the_default_hash_of_p384_is_sha256(open_session, mount):
     with pytest.raises(InvalidSignature):
         verify_signature(key.public_key, raw, MESSAGE)
     key.public_key.verify(key.sign(MESSAGE), MESSAGE, ec.ECDSA(hashes.SHA384()))
+    assert fault_proxy.seen[-1].json["hash_algorithm"] == "sha2-384"
 
 
 def test_trap_the_default_rsa_padding_is_pss(open_session, mount):

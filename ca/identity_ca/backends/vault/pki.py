@@ -126,8 +126,7 @@ def _assembled(own: x509.Certificate, others: list[x509.Certificate]) -> SignedA
     """Our certificate, the intermediates above it in order, and the root they lead to.
 
     Raises:
-        UpstreamRejected: the chain does not lead to a self-signed certificate, or a certificate
-            would outlive the one above it.
+        UpstreamRejected: the chain does not lead to a self-signed certificate.
     """
     chain = [own]
     for _ in range(_MAX_CHAIN):
@@ -135,12 +134,6 @@ def _assembled(own: x509.Certificate, others: list[x509.Certificate]) -> SignedA
         above = next((each for each in others if _has_signed(each, below)), None)
         if above is None:
             break
-        if below.not_valid_after_utc > above.not_valid_after_utc:
-            raise UpstreamRejected(
-                "our CA certificate would outlive the one that signed it",
-                hint="renew the upstream's CA certificate, or configure a shorter CA lifetime",
-                detail=f"{below.not_valid_after_utc} > {above.not_valid_after_utc}",
-            )
         if _has_signed(above, above):
             return SignedAuthority(chain=tuple(chain), roots=(above,))
         chain.append(above)
