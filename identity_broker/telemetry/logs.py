@@ -109,10 +109,13 @@ def _shared() -> list[Processor]:
 
 
 def _last(format: LogFormat, target: TextIO) -> list[Processor]:
+    # A traceback becomes text before redaction; a prettier one would show the locals as well.
+    render: Processor = _render_json
     if format is LogFormat.CONSOLE:
-        colors = target.isatty()
-        return [redact_event, structlog.dev.ConsoleRenderer(colors=colors)]
-    return [structlog.processors.format_exc_info, redact_event, _render_json]
+        render = structlog.dev.ConsoleRenderer(
+            colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    return [structlog.processors.format_exc_info, redact_event, render]
 
 
 def _render_json(_logger: object, _name: str, event: MutableMapping[str, Any]) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import grpc
-from identity_api.broker.v1 import bundle_pb2, svid_pb2
 
+from identity_api.broker.v1 import bundle_pb2, svid_pb2
 from identity_broker.config.settings import LogLevel
 from identity_broker.domain.caller import ListenerKind
 from identity_broker.server.rpc.limits import RateLimiter

@@ -35,7 +35,11 @@ from support.rpc import (
     leaves,
 )
 
-WIRE_LEAVES = [leaf for leaf in leaves(BrokerError) if leaf is not errors.ConfigError]
+WIRE_LEAVES = [
+    leaf
+    for leaf in leaves(BrokerError)
+    if leaf.__module__ == errors.__name__ and leaf is not errors.ConfigError
+]
 
 
 async def refusal(call: Any) -> grpc.aio.AioRpcError:
