@@ -23,7 +23,7 @@ from identity_broker.errors import (
 )
 from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
-from support.store import API, NOW, PARENT, SettableClock, entry
+from support.store import API, NOW, PARENT, SettableClock, all_pages, entry
 
 UPPER_API = SpiffeId.parse("spiffe://example.org/payments/API")
 LONG_SEGMENT = "x" * 1000
@@ -249,24 +249,19 @@ async def test_pages_hold_every_match_once(store: Store) -> None:
     await store.write(fill)
 
     async def pages(wanted: EntryFilter, size: int) -> list[list[str]]:
-        found = []
-        key = ""
-        while True:
-            page = await store.read(lambda r: r.entries.page(wanted, key, size))
-            found.append([item.id for item in page.items])
-            key = page.next_key
-            if not key:
-                return found
+        found = await all_pages(store, lambda r, key: r.entries.page(wanted, key, size))
+        return [[item.id for item in page] for page in found]
+
+    async def ids(wanted: EntryFilter, size: int) -> list[str]:
+        return [entry_id for page in await pages(wanted, size) for entry_id in page]
 
     everything = await pages(EntryFilter(), 10)
     assert [len(page) for page in everything] == [10, 10, 5]
-    assert sum(everything, []) == [f"e{number:02}" for number in range(25)]
-    assert await pages(EntryFilter(), 25) == [sum(everything, [])]
-    assert sum(await pages(EntryFilter(owner="odd"), 5), []) == [
-        f"e{n:02}" for n in range(1, 25, 2)
-    ]
+    assert await ids(EntryFilter(), 10) == [f"e{number:02}" for number in range(25)]
+    assert await pages(EntryFilter(), 25) == [await ids(EntryFilter(), 10)]
+    assert await ids(EntryFilter(owner="odd"), 5) == [f"e{n:02}" for n in range(1, 25, 2)]
     chosen = EntryFilter(selectors=frozenset({Selector("m", "3"), Selector("a", "b")}))
-    assert sum(await pages(chosen, 2), []) == ["e03", "e08", "e13", "e18", "e23"]
+    assert await ids(chosen, 2) == ["e03", "e08", "e13", "e18", "e23"]
     assert await pages(EntryFilter(selectors=frozenset({Selector("m", "9")})), 2) == [[]]
     assert await pages(EntryFilter(spiffe_id=UPPER_API), 2) == [[]]
     assert len((await pages(EntryFilter(spiffe_id=API, parent_id=PARENT), 100))[0]) == 25

@@ -57,7 +57,7 @@ def authority(
     )
 
 
-# --- nodes ------------------------------------------------------------------------------------------
+# --- nodes ----------------------------------------------------------------------------------------
 
 
 async def test_a_node_is_stored_changed_and_removed(store: Store) -> None:
@@ -102,7 +102,7 @@ async def test_node_pages(store: Store) -> None:
         assert len(page.items) == count
 
 
-# --- join tokens ------------------------------------------------------------------------------------
+# --- join tokens ----------------------------------------------------------------------------------
 
 
 async def test_a_join_token_is_used_once(store: Store) -> None:
@@ -178,7 +178,7 @@ async def test_a_token_that_cannot_be_is_refused(store: Store, bad: JoinToken) -
         await store.write(lambda r: r.join_tokens.create(bad))
 
 
-# --- authorities ------------------------------------------------------------------------------------
+# --- authorities ----------------------------------------------------------------------------------
 
 
 async def test_authorities_are_replaced_kind_by_kind(store: Store) -> None:
@@ -215,7 +215,7 @@ async def test_two_active_or_two_prepared_cannot_be_stored(
     assert await store.read(lambda r: r.authorities.sequence()) == 1
 
 
-# --- audit ------------------------------------------------------------------------------------------
+# --- audit ----------------------------------------------------------------------------------------
 
 
 async def test_audit_events_come_back_in_order(store: Store) -> None:
@@ -249,7 +249,7 @@ async def test_the_audit_log_cannot_be_rewritten(store: Store, statement: str) -
     assert (await store.read(lambda r: r.audit.page("", 10))).items == [event]
 
 
-# --- changes ----------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 
 async def test_a_commit_wakes_who_waits_at_once(store: Store) -> None:
@@ -321,7 +321,7 @@ async def test_a_reader_of_many_writers_misses_nothing(store: Store, store_url: 
     assert len(set(seen)) == len(seen) == writers * writes
 
 
-# --- transactions -----------------------------------------------------------------------------------
+# --- transactions ---------------------------------------------------------------------------------
 
 
 async def test_writes_run_one_after_the_other(store: Store, store_url: str) -> None:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from identity_broker.domain.credential import CredentialIntent, CredentialKind, CredentialOutcome
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.node import Node
+from identity_broker.domain.paging import Page
 from identity_broker.domain.selector import Selector
-from identity_broker.store import Store
+from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId
 from support.postgres import PostgresServer
+
+T = TypeVar("T")
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 PARENT = SpiffeId.parse("spiffe://example.org/idb/node/join_token/web-1")
@@ -87,6 +91,18 @@ def intent(credential_id: str = "", **fields: Any) -> CredentialIntent:
 def issued(intended: CredentialIntent, supersedes: str = "") -> CredentialOutcome:
     """The outcome of that intent."""
     return CredentialOutcome(intended.id, "e" * 64, NOW, supersedes)
+
+
+async def all_pages(store: Store, page: Callable[[Repositories, str], Page[T]]) -> list[list[T]]:
+    """The items of every page, read one after the other."""
+    found: list[list[T]] = []
+    key = ""
+    while True:
+        read = await store.read(partial(lambda key, repos: page(repos, key), key))
+        found.append(list(read.items))
+        key = read.next_key
+        if not key:
+            return found
 
 
 def sqlite_url(folder: Path) -> str:

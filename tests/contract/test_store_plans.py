@@ -1,0 +1,90 @@
+"""SQLite answers every ledger query from an index: none reads the whole ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+
+from identity_broker.domain.credential import RevocationReason
+from identity_broker.domain.paging import CredentialFilter
+from identity_broker.store import Repositories, Store
+from support.store import API, NOW, PARENT, SettableClock, intent, issued, sqlite_url
+
+LATER = NOW + timedelta(days=1)
+
+
+def revoke(repos: Repositories, **named: object) -> object:
+    return repos.credentials.revoke(
+        **named, reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
+    )
+
+
+QUERIES: dict[str, Callable[[Repositories], object]] = {
+    "revocations": lambda r: r.credentials.revocations(["x", "y"]),
+    "page by identity": lambda r: r.credentials.page(CredentialFilter(spiffe_id=API), "9", 5),
+    "page by node": lambda r: r.credentials.page(CredentialFilter(node_id=PARENT), "9", 5),
+    "page by entry": lambda r: r.credentials.page(CredentialFilter(entry_id="api"), "9", 5),
+    "next page": lambda r: r.credentials.page(CredentialFilter(), "9", 5),
+    "revoke by id": lambda r: revoke(r, ids=["x", "y"]),
+    "revoke by identity": lambda r: revoke(r, spiffe_id=API),
+    "revoke by node": lambda r: revoke(r, node_id=PARENT),
+    "revoked": lambda r: r.credentials.revoked_unexpired(NOW),
+    "valid": lambda r: r.credentials.valid_for(API, NOW),
+    "sweep": lambda r: r.credentials.sweep_unconfirmed(LATER),
+    "expire": lambda r: r.credentials.expire(LATER),
+    "purge": lambda r: r.retention.purge_credentials(LATER),
+}
+
+
+async def plans(store: Store, work: Callable[[], object]) -> list[str]:
+    """The plans of every statement on the ledger that `work` runs."""
+    found: list[str] = []
+    engine = store._database.engine
+
+    def explain(connection, _cursor, statement, parameters, _context, many) -> None:
+        if " credentials" in statement and not statement.startswith(
+            ("EXPLAIN", "INSERT INTO cred")
+        ):
+            rows = connection.connection.cursor().execute(
+                f"EXPLAIN QUERY PLAN {statement}", parameters[0] if many else parameters
+            )
+            found.extend(row[3] for row in rows)
+
+    event.listen(engine, "before_cursor_execute", explain)
+    try:
+        await work()
+    finally:
+        event.remove(engine, "before_cursor_execute", explain)
+    return found
+
+
+@pytest.fixture
+async def sqlite_store(tmp_path: Path):
+    opened = Store(sqlite_url(tmp_path), clock=SettableClock())
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+@pytest.mark.parametrize("name", QUERIES)
+async def test_no_query_reads_the_whole_ledger(sqlite_store: Store, name: str) -> None:
+    found = await plans(sqlite_store, lambda: sqlite_store.write(QUERIES[name]))
+    assert found, "nothing was explained"
+    scans = [plan for plan in found if plan.startswith("SCAN credentials")]
+    assert not scans
+    assert any("SEARCH credentials USING" in plan for plan in found)
+
+
+async def test_outcomes_are_written_by_index(sqlite_store: Store) -> None:
+    one, two = intent(), intent()
+    await sqlite_store.ledger.intend([one, two])
+    sqlite_store.ledger.conclude([issued(one), issued(two, one.id)])
+    found = await plans(sqlite_store, sqlite_store.ledger.flush)
+    searches = [plan for plan in found if plan.startswith("SEARCH c")]
+    assert len(searches) == 3
+    assert all("uq_credentials_id" in plan or "sqlite_autoindex" in plan for plan in searches)
+    assert not [plan for plan in found if plan.startswith(("SCAN credentials", "SCAN c "))]
