@@ -3,19 +3,20 @@
 - Local keys sign on the loop: one signature costs less than handing it to a thread.
 - Remote keys sign in bounded threads; orders that wait for a thread are signed together, in one
   round trip.
-- What is prepared names the authority that will sign it; the authorities are one immutable
-  snapshot, swapped in one assignment.
+- What is prepared is signed by the authority that prepared it, even when that was replaced a
+  moment ago; the authorities are one immutable snapshot, swapped in one assignment.
 - Every CAError leaves here as a BrokerError; nothing below is translated elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -45,9 +46,6 @@ from identity_ca.spiffe_id import TrustDomain
 from identity_ca.upstream import UpstreamAuthority
 
 T = TypeVar("T")
-P = TypeVar("P")
-C = TypeVar("C")
-
 # 128 bits of the key's fingerprint: unique, and stable across restarts.
 _KEY_ID_DIGITS = 32
 
@@ -88,13 +86,35 @@ def translate(error: CAError) -> BrokerError:
     return InvariantViolated(detail=detail)
 
 
+class _Prepared(Protocol):
+    @property
+    def authority_id(self) -> str: ...
+
+
+P = TypeVar("P", bound=_Prepared)
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound(Generic[P, C]):
+    """How one authority signs, and whether that is a round trip."""
+
+    sign_many: Callable[[Sequence[P]], list[C]]
+    remote: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Authorities:
-    """The authorities in force: one generation, swapped whole."""
+    """The authorities in force: one generation, swapped whole.
+
+    `x509_issuers` and `jwt_issuers` also hold the generation before this one, for what it had
+    prepared when it was replaced.
+    """
 
     x509: X509Issuer | None
     jwt: JwtIssuer | None
-    jwt_is_remote: bool
+    x509_issuers: Mapping[str, _Bound[PreparedX509, X509Credential]]
+    jwt_issuers: Mapping[str, _Bound[PreparedJwt, JwtCredential]]
     x509_set: AuthoritySet
     jwt_set: AuthoritySet
     bundle: TrustBundle
@@ -108,6 +128,7 @@ class Signing:
         keys: where private keys live.
         upstream: who certifies X.509 authorities.
         refresh_hint: how often bundle readers should come back.
+        observe: told the kind and the seconds of each round of signatures.
         threads: how many remote operations may be under way at once.
     """
 
@@ -118,12 +139,14 @@ class Signing:
         keys: KeyManager,
         upstream: UpstreamAuthority,
         refresh_hint: timedelta,
+        observe: Callable[[str, float], object] = lambda _kind, _seconds: None,
         threads: int = 8,
     ) -> None:
         self.trust_domain = trust_domain
         self._keys = keys
         self._upstream = upstream
         self._refresh_hint = refresh_hint
+        self._observe = observe
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="signing")
         self._x509_lane = _Lane[PreparedX509, X509Credential](self._pool, flights=threads // 2)
         self._jwt_lane = _Lane[PreparedJwt, JwtCredential](self._pool, flights=threads // 2)
@@ -198,39 +221,46 @@ class Signing:
 
         Raises:
             SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
-            AuthorityUnavailable: the authority was replaced since; prepare again.
+            AuthorityUnavailable: the authority is not in force any more; prepare again.
         """
-        issuer = self.authorities.x509
-        if issuer is None or any(item.authority_id != issuer.authority_id for item in prepared):
-            raise AuthorityUnavailable(
-                "the signing authority was replaced in this moment", retry_after=0.1
-            )
-        if not issuer.key.remote:
-            try:
-                return issuer.sign_many(prepared)
-            except CAError as error:
-                raise translate(error) from error
-        return await self._x509_lane.submit(issuer.sign_many, prepared)
+        return await self._sign("x509", self.authorities.x509_issuers, self._x509_lane, prepared)
 
     async def sign_jwt(self, prepared: Sequence[PreparedJwt]) -> list[JwtCredential]:
         """Sign what was prepared; each may be signed once.
 
         Raises:
             SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
-            AuthorityUnavailable: the authority was replaced since; prepare again.
+            AuthorityUnavailable: the authority is not in force any more; prepare again.
         """
-        authorities = self.authorities
-        issuer = authorities.jwt
-        if issuer is None or any(item.authority_id != issuer.authority_id for item in prepared):
+        return await self._sign("jwt", self.authorities.jwt_issuers, self._jwt_lane, prepared)
+
+    async def _sign(
+        self,
+        kind: str,
+        issuers: Mapping[str, _Bound[P, C]],
+        lane: _Lane[P, C],
+        prepared: Sequence[P],
+    ) -> list[C]:
+        authority_id = prepared[0].authority_id
+        if any(item.authority_id != authority_id for item in prepared):
+            # The authority was replaced while this batch was prepared: each part its own.
+            parts = [await self._sign(kind, issuers, lane, [item]) for item in prepared]
+            return [credential for part in parts for credential in part]
+        bound = issuers.get(authority_id)
+        if bound is None:
             raise AuthorityUnavailable(
                 "the signing authority was replaced in this moment", retry_after=0.1
             )
-        if not authorities.jwt_is_remote:
+        started = time.perf_counter()
+        if bound.remote:
+            signed = await lane.submit(bound.sign_many, prepared)
+        else:
             try:
-                return issuer.sign_many(prepared)
+                signed = bound.sign_many(prepared)
             except CAError as error:
                 raise translate(error) from error
-        return await self._jwt_lane.submit(issuer.sign_many, prepared)
+        self._observe(kind, time.perf_counter() - started)
+        return signed
 
     # --- authorities ----------------------------------------------------------------------------
 
@@ -313,25 +343,32 @@ class Signing:
 
     def _build(self, x509_set: AuthoritySet, jwt_set: AuthoritySet, sequence: int) -> Authorities:
         x509_issuer = jwt_issuer = None
-        jwt_is_remote = False
+        x509_issuers: dict[str, _Bound[PreparedX509, X509Credential]] = {}
+        jwt_issuers: dict[str, _Bound[PreparedJwt, JwtCredential]] = {}
+        before = self._authorities
+        if before is not None:
+            x509_issuers = _still_trusted(before.x509, before.x509_issuers, x509_set)
+            jwt_issuers = _still_trusted(before.jwt, before.jwt_issuers, jwt_set)
         if x509_set.active is not None:
             active = x509_set.active
+            key = self._keys.load(active.key_id)
             x509_issuer = X509Issuer(
                 authority_id=active.id,
                 trust_domain=self.trust_domain,
-                key=self._keys.load(active.key_id),
+                key=key,
                 chain=[x509.load_der_x509_certificate(der) for der in active.chain],
             )
+            x509_issuers[active.id] = _Bound(x509_issuer.sign_many, key.remote)
         if jwt_set.active is not None:
             active = jwt_set.active
             key = self._keys.load(active.key_id)
-            jwt_is_remote = key.remote
             jwt_issuer = JwtIssuer(
                 authority_id=active.id,
                 trust_domain=self.trust_domain,
                 key=key,
                 not_after=active.not_after,
             )
+            jwt_issuers[active.id] = _Bound(jwt_issuer.sign_many, key.remote)
         bundle = authority_bundle(
             x509_set,
             jwt_set,
@@ -339,7 +376,9 @@ class Signing:
             sequence=sequence,
             refresh_hint=self._refresh_hint,
         )
-        return Authorities(x509_issuer, jwt_issuer, jwt_is_remote, x509_set, jwt_set, bundle)
+        return Authorities(
+            x509_issuer, jwt_issuer, x509_issuers, jwt_issuers, x509_set, jwt_set, bundle
+        )
 
     # --- dependencies -----------------------------------------------------------------------------
 
@@ -370,6 +409,19 @@ class Signing:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except CAError as error:
             raise translate(error) from error
+
+
+def _still_trusted(
+    issuer: X509Issuer | JwtIssuer | None,
+    bound: Mapping[str, _Bound[P, C]],
+    authorities: AuthoritySet,
+) -> dict[str, _Bound[P, C]]:
+    """The last generation's way to sign, as long as what it signs is accepted."""
+    if issuer is None:
+        return {}
+    trusted = {authority.id for authority in authorities.trusted}
+    last = issuer.authority_id
+    return {last: bound[last]} if last in trusted else {}
 
 
 class _Lane(Generic[P, C]):

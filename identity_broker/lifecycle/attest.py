@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from identity_broker.attestors.node import Challenger, Evidence, NodeAttestor
@@ -56,6 +57,11 @@ class Attest:
         self._store = store
         self._directory = directory
         self._clock = clock
+
+    @property
+    def attestors(self) -> Collection[str]:
+        """The names of the attestors that are enabled."""
+        return self._attestors.keys()
 
     async def node(
         self,

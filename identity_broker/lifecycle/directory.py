@@ -86,6 +86,10 @@ class Directory:
         """Return how many entries there are."""
         return len(self._entries)
 
+    def node_count(self) -> int:
+        """Return how many nodes there are."""
+        return len(self._nodes)
+
     def children(self, parent: SpiffeId) -> Iterable[RegistrationEntry]:
         """Return the entries whose parent is `parent`."""
         return self._by_parent.get(parent, {}).values()

@@ -57,7 +57,7 @@ from identity_broker.signing import Signing
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
 from identity_broker.telemetry.metrics import Metrics
-from identity_ca.authority import AuthorityKind
+from identity_ca.authority import Authority, AuthorityKind
 
 _log = get_logger("broker")
 
@@ -94,7 +94,7 @@ async def run_broker(
     """
     stop = stop or asyncio.Event()
     async with AsyncExitStack() as resources:
-        broker = await Broker.build(settings, clock or SystemClock(), resources)
+        broker = Broker(await build_parts(settings, clock or SystemClock(), resources))
         addresses = await broker.serve(resources)
         if ready is not None:
             ready(addresses)
@@ -103,133 +103,142 @@ async def run_broker(
         _log.info("draining", timeout_s=settings.server.drain_timeout.total_seconds())
 
 
-class Broker:
-    """All parts, built. Made by `build`; `serve` opens the doors."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All parts, built; nothing is served yet."""
 
-    def __init__(
-        self,
-        *,
-        settings: Settings,
-        clock: Clock,
-        metrics: Metrics,
-        store: Store,
-        signing: Signing,
-        directory: Directory,
-        record: Record,
-        rotate_authorities: RotateAuthorities,
-        rotate_server: RotateServer,
-        trust: Trust,
-        gate: Gate,
-        services: Mapping[str, ServiceFunction],
-    ) -> None:
-        self._settings = settings
-        self._clock = clock
-        self._metrics = metrics
-        self._store = store
-        self._signing = signing
-        self._directory = directory
-        self._record = record
-        self._rotate_authorities = rotate_authorities
-        self._rotate_server = rotate_server
-        self._trust = trust
-        self._gate = gate
-        self._services = services
-        self._refusals = Refusals(store, clock)
-        self._stopping = asyncio.Event()
-        self._health = Health(service_names(services))
-        self._readiness = Readiness(self._checks(), metrics)
-        self._following: set[asyncio.Task[None]] = set()
+    settings: Settings
+    clock: Clock
+    metrics: Metrics
+    store: Store
+    signing: Signing
+    directory: Directory
+    record: Record
+    rotate_authorities: RotateAuthorities
+    rotate_server: RotateServer
+    trust: Trust
+    gate: Gate
+    services: Mapping[str, ServiceFunction]
 
-    @classmethod
-    async def build(cls, settings: Settings, clock: Clock, resources: AsyncExitStack) -> Broker:
-        """Build every part, in order; `resources` closes them in reverse."""
-        trust_domain = settings.server.trust_domain
-        metrics = Metrics()
 
-        store = Store(settings.database_url, clock=clock)
-        resources.push_async_callback(store.close)
-        await store.migrate()
+async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStack) -> Parts:
+    """Build every part, in order; `resources` closes them in reverse.
 
-        backends = build_backends(settings, resources.enter_context(ExitStack()))
-        signing = Signing(
-            trust_domain=trust_domain,
-            keys=backends.keys,
-            upstream=backends.upstream,
+    Raises:
+        ConfigError: the settings name something that cannot be used.
+        StoreUnavailable, SigningBackendUnavailable: a dependency is away.
+    """
+    trust_domain = settings.server.trust_domain
+    metrics = Metrics()
+
+    store = Store(settings.database_url, clock=clock)
+    resources.push_async_callback(store.close)
+    await store.migrate()
+
+    backends = build_backends(settings, resources.enter_context(ExitStack()))
+    signing = Signing(
+        trust_domain=trust_domain,
+        keys=backends.keys,
+        upstream=backends.upstream,
+        refresh_hint=settings.bundle.refresh_hint,
+        observe=lambda kind, seconds: metrics.signing_seconds.labels(kind).observe(seconds),
+    )
+    resources.push_async_callback(signing.close)
+
+    directory = Directory(store, trust_domain, clock)
+    await directory.load()
+
+    ttl = TtlPolicy(
+        x509=settings.svid.x509_ttl,
+        jwt=settings.svid.jwt_ttl,
+        node=settings.svid.node_ttl,
+        max_x509=settings.svid.max_x509_ttl,
+        max_jwt=settings.svid.max_jwt_ttl,
+    )
+    authorize = Authorize(directory, trust_domain, ttl, clock)
+    record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
+    issue = Issue(signing, record, clock)
+    revoke = Revoke(store, directory, clock, issue.settled)
+    attest = Attest(
+        attestors=build_attestors(settings, store, clock),
+        authorize=authorize,
+        issue=issue,
+        store=store,
+        directory=directory,
+        clock=clock,
+    )
+    rotate_node = RotateNode(
+        authorize=authorize, issue=issue, store=store, directory=directory, clock=clock
+    )
+    rotate_authorities = RotateAuthorities(
+        signing=signing,
+        store=store,
+        policy=AuthorityPolicy(
+            x509_algorithm=settings.ca.key_algorithm,
+            x509_ttl=settings.ca.x509_ca_ttl,
+            jwt_algorithm=settings.ca.jwt_key_algorithm,
+            jwt_ttl=settings.ca.jwt_key_ttl,
             refresh_hint=settings.bundle.refresh_hint,
-        )
-        resources.push_async_callback(signing.close)
+        ),
+        clock=clock,
+    )
+    rotate_server = RotateServer(authorize=authorize, issue=issue, clock=clock)
+    trust = Trust(signing, rotate_server, settings.server.bundle_file)
 
-        directory = Directory(store, trust_domain, clock)
-        await directory.load()
+    await rotate_authorities.start()
+    await rotate_server.run()
+    trust.publish()
 
-        ttl = TtlPolicy(
-            x509=settings.svid.x509_ttl,
-            jwt=settings.svid.jwt_ttl,
-            node=settings.svid.node_ttl,
-            max_x509=settings.svid.max_x509_ttl,
-            max_jwt=settings.svid.max_jwt_ttl,
-        )
-        authorize = Authorize(directory, trust_domain, ttl, clock)
-        record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
-        issue = Issue(signing, record, clock)
-        revoke = Revoke(store, directory, clock, issue.settled)
-        attest = Attest(
-            attestors=build_attestors(settings, store, clock),
-            authorize=authorize,
-            issue=issue,
-            store=store,
-            directory=directory,
-            clock=clock,
-        )
-        rotate_node = RotateNode(
-            authorize=authorize, issue=issue, store=store, directory=directory, clock=clock
-        )
-        rotate_authorities = RotateAuthorities(
-            signing=signing,
-            store=store,
-            policy=AuthorityPolicy(
-                x509_algorithm=settings.ca.key_algorithm,
-                x509_ttl=settings.ca.x509_ca_ttl,
-                jwt_algorithm=settings.ca.jwt_key_algorithm,
-                jwt_ttl=settings.ca.jwt_key_ttl,
-                refresh_hint=settings.bundle.refresh_hint,
-            ),
-            clock=clock,
-        )
-        rotate_server = RotateServer(authorize=authorize, issue=issue, clock=clock)
-        trust = Trust(signing, rotate_server, settings.server.bundle_file)
+    entries = Entries(store, directory, trust_domain, clock)
+    nodes = Nodes(store, revoke, trust_domain, clock)
+    services: dict[str, ServiceFunction] = {}
+    for service in (
+        NodeAttestationService(attest, rotate_node, signing, metrics),
+        SvidService(authorize, issue, metrics),
+        EntryService(entries, authorize, directory),
+        NodeService(nodes),
+        BundleService(signing, trust.listen),
+        CredentialService(store, revoke, directory),
+        AuthorityService(signing),
+    ):
+        services.update(service.functions())
+    return Parts(
+        settings=settings,
+        clock=clock,
+        metrics=metrics,
+        store=store,
+        signing=signing,
+        directory=directory,
+        record=record,
+        rotate_authorities=rotate_authorities,
+        rotate_server=rotate_server,
+        trust=trust,
+        gate=Gate(directory, trust_domain, clock, admin_gid=settings.server.admin_gid),
+        services=services,
+    )
 
-        await rotate_authorities.start()
-        await rotate_server.run()
-        trust.publish()
 
-        entries = Entries(store, directory, trust_domain, clock)
-        nodes = Nodes(store, revoke, trust_domain, clock)
-        services: dict[str, ServiceFunction] = {}
-        for service in (
-            NodeAttestationService(attest, rotate_node, signing),
-            SvidService(authorize, issue),
-            EntryService(entries, authorize, directory),
-            NodeService(nodes),
-            BundleService(signing, trust.listen),
-            CredentialService(store, revoke, directory),
-            AuthorityService(signing),
-        ):
-            services.update(service.functions())
-        return cls(
-            settings=settings,
-            clock=clock,
-            metrics=metrics,
-            store=store,
-            signing=signing,
-            directory=directory,
-            record=record,
-            rotate_authorities=rotate_authorities,
-            rotate_server=rotate_server,
-            trust=trust,
-            gate=Gate(directory, trust_domain, clock, admin_gid=settings.server.admin_gid),
-            services=services,
-        )
+class Broker:
+    """The parts at work: follows the change feed, runs the jobs, opens the doors."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._settings = parts.settings
+        self._clock = parts.clock
+        self._metrics = parts.metrics
+        self._store = parts.store
+        self._signing = parts.signing
+        self._directory = parts.directory
+        self._record = parts.record
+        self._rotate_authorities = parts.rotate_authorities
+        self._rotate_server = parts.rotate_server
+        self._trust = parts.trust
+        self._gate = parts.gate
+        self._services = parts.services
+        self._refusals = Refusals(parts.store, parts.clock)
+        self._stopping = asyncio.Event()
+        self._health = Health(service_names(parts.services))
+        self._readiness = Readiness(self._checks(), parts.metrics)
+        self._following: set[asyncio.Task[None]] = set()
 
     async def serve(self, resources: AsyncExitStack) -> BoundAddresses:
         """Follow the change feed, start the jobs and open the doors.
@@ -240,7 +249,7 @@ class Broker:
         self._directory.listen(self._on_update)
         self._spawn(self._directory.follow())
         resources.push_async_callback(self._end_following)
-        jobs = Jobs(self._job_table())
+        jobs = Jobs(self._job_table(), self._metrics)
         jobs.start()
         resources.callback(jobs.stop)
         http = HttpListener(
@@ -302,7 +311,7 @@ class Broker:
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
             Job("authorities", min(_30S, settings.ca.x509_ca_ttl / 24), self._rotate),
-            Job("sweep", min(_30S, settings.ledger.unconfirmed_after / 2), self._record.sweep),
+            Job("sweep", min(_30S, settings.ledger.unconfirmed_after / 2), self._sweep),
             Job("expire", timedelta(minutes=1), self._expire),
             Job("retain", timedelta(hours=1), self._retain),
         ]
@@ -314,6 +323,9 @@ class Broker:
     async def _rotate(self) -> None:
         if await self._rotate_authorities.run():
             self._trust.publish()
+
+    async def _sweep(self) -> None:
+        self._metrics.unconfirmed_total.inc(await self._record.sweep())
 
     async def _expire(self) -> None:
         await self._record.expire()
@@ -334,7 +346,12 @@ class Broker:
         report = await self._readiness.report()
         self._health.set_all(report.ready)
         self._metrics.directory_entries.set(self._directory.entry_count())
+        self._metrics.directory_nodes.set(self._directory.node_count())
         self._metrics.directory_sequence.set(self._directory.seq)
+        for kind, active in self._active_authorities():
+            if active is not None:
+                expires = active.not_after.timestamp()
+                self._metrics.authority_expires.labels(kind.value).set(expires)
 
     def _checks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         return {
@@ -349,14 +366,17 @@ class Broker:
         Raises:
             AuthorityUnavailable: there is none.
         """
-        authorities = self._signing.authorities
         now = self._clock.now()
-        for kind, active in (
-            (AuthorityKind.X509, authorities.x509_set.active),
-            (AuthorityKind.JWT, authorities.jwt_set.active),
-        ):
+        for kind, active in self._active_authorities():
             if active is None or active.not_after <= now:
                 raise AuthorityUnavailable(f"no {kind.value} authority is active")
+
+    def _active_authorities(self) -> list[tuple[AuthorityKind, Authority | None]]:
+        authorities = self._signing.authorities
+        return [
+            (AuthorityKind.X509, authorities.x509_set.active),
+            (AuthorityKind.JWT, authorities.jwt_set.active),
+        ]
 
     def _on_update(self, update: Update) -> None:
         for revocation in update.revocations:

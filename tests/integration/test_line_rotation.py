@@ -179,12 +179,30 @@ async def test_nothing_outlives_its_authority(parts: Parts) -> None:
         one(await parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
 
 
-async def test_what_was_prepared_by_a_replaced_authority_is_not_signed(parts: Parts) -> None:
+async def test_what_a_replaced_authority_prepared_it_still_signs(parts: Parts) -> None:
+    entry = await parts.admit()
+    grant = parts.authorize.entry(NODE, entry.id)
+    first = parts.signing.authorities.x509_set.active
+    parts.clock.time = START + LIFE * 5 / 6
+    await parts.rotate.run()
+    prepared = parts.signing.prepare_x509(grant, csr_for(new_key()), parts.clock.now())
+    parts.clock.time += HINT
+    await parts.rotate.run()
+    assert parts.signing.authorities.x509_set.active != first
+    late = parts.signing.prepare_x509(grant, csr_for(new_key()), parts.clock.now())
+    signed = await parts.signing.sign_x509([prepared, late])
+    for credential in signed:
+        verify_x509_svid(credential.chain, bundle=parts.signing.bundle, now=parts.clock.now())
+    assert [item.serial for item in signed] == [prepared.serial, late.serial]
+
+
+async def test_what_a_forgotten_authority_prepared_is_not_signed(parts: Parts) -> None:
     entry = await parts.admit()
     grant = parts.authorize.entry(NODE, entry.id)
     prepared = parts.signing.prepare_x509(grant, csr_for(new_key()), parts.clock.now())
-    parts.clock.time = START + LIFE
-    await parts.rotate.run()
+    for _ in range(3):
+        parts.clock.time += LIFE
+        await parts.rotate.run()
     with pytest.raises(AuthorityUnavailable):
         await parts.signing.sign_x509([prepared])
 

@@ -14,6 +14,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from identity_broker.errors import BrokerError
 from identity_broker.telemetry.logs import get_logger
+from identity_broker.telemetry.metrics import Metrics
 
 _log = get_logger("jobs")
 
@@ -30,15 +31,16 @@ class Job:
 class Jobs:
     """Runs the table until stopped."""
 
-    def __init__(self, table: Sequence[Job]) -> None:
+    def __init__(self, table: Sequence[Job], metrics: Metrics) -> None:
         self._table = table
+        self._metrics = metrics
         self._scheduler = AsyncIOScheduler(timezone="UTC")
 
     def start(self) -> None:
         """Start every job at its own pace."""
         for job in self._table:
             self._scheduler.add_job(
-                _run,
+                self._run,
                 "interval",
                 args=(job,),
                 seconds=job.every.total_seconds(),
@@ -55,12 +57,14 @@ class Jobs:
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
 
-
-async def _run(job: Job) -> None:
-    try:
-        await job.run()
-    except BrokerError as error:
-        _log.warning("job failed", job=job.name, reason=error.reason, detail=error.detail)
-    except Exception:
-        # A bug in one job must not end the others; it is logged with its traceback.
-        _log.exception("job failed", job=job.name)
+    async def _run(self, job: Job) -> None:
+        reason = "OK"
+        try:
+            await job.run()
+        except BrokerError as error:
+            reason = error.reason
+            _log.warning("job failed", job=job.name, reason=reason, detail=error.detail)
+        except Exception:  # noqa: BLE001  # a bug in one job must not end the others
+            reason = "INTERNAL"
+            _log.exception("job failed", job=job.name)
+        self._metrics.job_total.labels(job.name, reason).inc()

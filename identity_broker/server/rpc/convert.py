@@ -362,28 +362,31 @@ def from_node_filter(request: node_pb2.ListNodesRequest) -> NodeFilter:
 # --- credentials ------------------------------------------------------------------------------
 
 
-def to_x509_svid(credential: X509Credential, hint: str = "") -> types_pb2.X509Svid:
+def fill_x509_svid(message: types_pb2.X509Svid, credential: X509Credential, hint: str) -> None:
+    """Fill in an X.509-SVID's message, in place: a batch is not copied."""
+    message.cert_chain.extend(credential.chain)
+    message.spiffe_id = str(credential.spiffe_id)
+    message.serial = credential.serial
+    message.not_before = int(credential.not_before.timestamp())
+    message.expires_at = int(credential.not_after.timestamp())
+    message.hint = hint
+
+
+def to_x509_svid(credential: X509Credential) -> types_pb2.X509Svid:
     """An X.509-SVID's message."""
-    return types_pb2.X509Svid(
-        cert_chain=credential.chain,
-        spiffe_id=str(credential.spiffe_id),
-        serial=credential.serial,
-        not_before=int(credential.not_before.timestamp()),
-        expires_at=int(credential.not_after.timestamp()),
-        hint=hint,
-    )
+    message = types_pb2.X509Svid()
+    fill_x509_svid(message, credential, "")
+    return message
 
 
-def to_jwt_svid(credential: JwtCredential, hint: str = "") -> types_pb2.JwtSvid:
-    """A JWT-SVID's message."""
-    return types_pb2.JwtSvid(
-        token=credential.token,
-        spiffe_id=str(credential.spiffe_id),
-        jti=credential.jti,
-        issued_at=int(credential.not_before.timestamp()),
-        expires_at=int(credential.not_after.timestamp()),
-        hint=hint,
-    )
+def fill_jwt_svid(message: types_pb2.JwtSvid, credential: JwtCredential, hint: str) -> None:
+    """Fill in a JWT-SVID's message, in place: a batch is not copied."""
+    message.token = credential.token
+    message.spiffe_id = str(credential.spiffe_id)
+    message.jti = credential.jti
+    message.issued_at = int(credential.not_before.timestamp())
+    message.expires_at = int(credential.not_after.timestamp())
+    message.hint = hint
 
 
 def to_credential(credential: Credential) -> credential_pb2.CredentialRecord:

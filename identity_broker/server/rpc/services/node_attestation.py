@@ -6,22 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from identity_api.broker.v1 import node_attestation_pb2 as pb
-from identity_broker.errors import ChallengeFailed, MalformedRequest
+from identity_broker.errors import BrokerError, ChallengeFailed, MalformedRequest
 from identity_broker.lifecycle.attest import Admission, Attest
 from identity_broker.lifecycle.rotate import RotateNode
 from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.signing import Signing
+from identity_broker.telemetry.metrics import Metrics
 
 
 class NodeAttestationService:
     """Attestation on the bootstrap listener, renewal on the mTLS one."""
 
-    def __init__(self, attest: Attest, rotate: RotateNode, signing: Signing) -> None:
+    def __init__(
+        self, attest: Attest, rotate: RotateNode, signing: Signing, metrics: Metrics
+    ) -> None:
         self._attest = attest
         self._rotate = rotate
         self._signing = signing
+        self._attested = metrics.attested_total
 
     def functions(self) -> Mapping[str, ServiceFunction]:
         """Full method name to service function."""
@@ -36,6 +40,8 @@ class NodeAttestationService:
         if first is None or first.WhichOneof("step") != "begin":
             raise MalformedRequest("the first message must be begin")
         begin = first.begin
+        # A metric's labels are a closed set: what strangers name is not one of its values.
+        attestor = begin.attestor if begin.attestor in self._attest.attestors else "unknown"
         # The attestor runs beside this generator; a queue of one carries its challenges here.
         challenges: asyncio.Queue[bytes] = asyncio.Queue(1)
         answers: asyncio.Queue[bytes] = asyncio.Queue(1)
@@ -66,7 +72,12 @@ class NodeAttestationService:
                 if answer is None or answer.WhichOneof("step") != "challenge_response":
                     raise ChallengeFailed(detail="the node did not answer the challenge")
                 await answers.put(answer.challenge_response)
-            yield self._result(await admission)
+            result = self._result(await admission)
+            self._attested.labels(attestor, "OK").inc()
+            yield result
+        except BrokerError as error:
+            self._attested.labels(attestor, error.reason).inc()
+            raise
         finally:
             if not admission.done():
                 admission.cancel()

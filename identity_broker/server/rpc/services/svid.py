@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from identity_api.broker.v1 import svid_pb2, types_pb2
@@ -14,10 +14,11 @@ from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.status import item_status
+from identity_broker.telemetry.metrics import Metrics
 from identity_ca.spiffe_id import SpiffeId
 
-I = TypeVar("I")  # noqa: E741
-O = TypeVar("O")  # noqa: E741
+Order = TypeVar("Order", X509Order, JwtOrder)
+Issued = TypeVar("Issued")
 
 _OK = types_pb2.Status(code=0)
 
@@ -25,9 +26,10 @@ _OK = types_pb2.Status(code=0)
 class SvidService:
     """X.509- and JWT-SVIDs for the entries of the calling node."""
 
-    def __init__(self, authorize: Authorize, issue: Issue) -> None:
+    def __init__(self, authorize: Authorize, issue: Issue, metrics: Metrics) -> None:
         self._authorize = authorize
         self._issue = issue
+        self._metrics = metrics
 
     def functions(self) -> Mapping[str, ServiceFunction]:
         """Full method name to service function."""
@@ -42,21 +44,21 @@ class SvidService:
     ) -> svid_pb2.BatchIssueX509Response:
         """Issue X.509-SVIDs, each with its own status."""
         convert.from_batch(request.items, "items")
-        orders, refused = self._orders(
-            request.items, call, lambda item, grant: X509Order(grant, item.csr)
-        )
+        node_id = calling_node(call)
+        planned: list[X509Order | BrokerError] = []
+        for item in request.items:
+            grant = self._granted(node_id, item.entry_id)
+            planned.append(grant if isinstance(grant, BrokerError) else X509Order(grant, item.csr))
+        results = await self._issue.x509(_orders(planned), call.correlation_id)
         response = svid_pb2.BatchIssueX509Response()
-        issued = iter(await self._issue.x509(orders, call.correlation_id) if orders else ())
-        grants = iter(orders)
-        for at in range(len(request.items)):
-            result: object = refused.get(at)
-            hint = ""
-            if result is None:
-                result, hint = next(issued), next(grants).grant.hint
-            if isinstance(result, BrokerError):
-                response.results.add(status=item_status(result))
+        for order, result in _merged(planned, results):
+            answer = response.results.add()
+            if isinstance(order, BrokerError) or result is None or isinstance(result, BrokerError):
+                answer.status.CopyFrom(self._refused("x509", order, result))
             else:
-                response.results.add(status=_OK, svid=convert.to_x509_svid(result, hint))  # type: ignore[arg-type]
+                answer.status.CopyFrom(_OK)
+                convert.fill_x509_svid(answer.svid, result, order.grant.hint)
+        self._count("x509", results)
         return response
 
     async def batch_issue_jwt(
@@ -64,37 +66,57 @@ class SvidService:
     ) -> svid_pb2.BatchIssueJwtResponse:
         """Issue JWT-SVIDs, each with its own status."""
         convert.from_batch(request.items, "items")
-        orders, refused = self._orders(
-            request.items, call, lambda item, grant: JwtOrder(grant, tuple(item.audiences))
-        )
+        node_id = calling_node(call)
+        planned: list[JwtOrder | BrokerError] = []
+        for item in request.items:
+            grant = self._granted(node_id, item.entry_id)
+            planned.append(
+                grant if isinstance(grant, BrokerError) else JwtOrder(grant, tuple(item.audiences))
+            )
+        results = await self._issue.jwt(_orders(planned), call.correlation_id)
         response = svid_pb2.BatchIssueJwtResponse()
-        issued = iter(await self._issue.jwt(orders, call.correlation_id) if orders else ())
-        grants = iter(orders)
-        for at in range(len(request.items)):
-            result: object = refused.get(at)
-            hint = ""
-            if result is None:
-                result, hint = next(issued), next(grants).grant.hint
-            if isinstance(result, BrokerError):
-                response.results.add(status=item_status(result))
+        for order, result in _merged(planned, results):
+            answer = response.results.add()
+            if isinstance(order, BrokerError) or result is None or isinstance(result, BrokerError):
+                answer.status.CopyFrom(self._refused("jwt", order, result))
             else:
-                response.results.add(status=_OK, svid=convert.to_jwt_svid(result, hint))  # type: ignore[arg-type]
+                answer.status.CopyFrom(_OK)
+                convert.fill_jwt_svid(answer.svid, result, order.grant.hint)
+        self._count("jwt", results)
         return response
 
-    def _orders(
-        self, items: Sequence[I], call: Call, order: Callable[[I, Grant], O]
-    ) -> tuple[list[O], dict[int, BrokerError]]:
-        node_id = calling_node(call)
-        orders: list[O] = []
-        refused: dict[int, BrokerError] = {}
-        for at, item in enumerate(items):
-            try:
-                grant = self._authorize.entry(node_id, item.entry_id)  # type: ignore[attr-defined]
-            except BrokerError as error:
-                refused[at] = error
-            else:
-                orders.append(order(item, grant))
-        return orders, refused
+    def _granted(self, node_id: SpiffeId, entry_id: str) -> Grant | BrokerError:
+        try:
+            return self._authorize.entry(node_id, entry_id)
+        except BrokerError as error:
+            return error
+
+    def _refused(self, kind: str, order: object, result: object) -> types_pb2.Status:
+        error = order if isinstance(order, BrokerError) else result
+        if not isinstance(error, BrokerError):
+            return _OK
+        self._metrics.refused_total.labels(kind, error.reason).inc()
+        return item_status(error)
+
+    def _count(self, kind: str, results: Sequence[object]) -> None:
+        issued = sum(not isinstance(result, BrokerError) for result in results)
+        self._metrics.issued_total.labels(kind).inc(issued)
+
+
+def _orders(planned: Sequence[Order | BrokerError]) -> list[Order]:
+    return [item for item in planned if not isinstance(item, BrokerError)]
+
+
+def _merged(
+    planned: Sequence[Order | BrokerError], results: Sequence[Issued]
+) -> Iterator[tuple[Order, Issued] | tuple[BrokerError, None]]:
+    """Each order with its result, and each refusal, in the request's order."""
+    issued = iter(results)
+    for item in planned:
+        if isinstance(item, BrokerError):
+            yield item, None
+        else:
+            yield item, next(issued)
 
 
 def calling_node(call: Call) -> SpiffeId:
