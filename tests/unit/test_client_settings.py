@@ -203,7 +203,9 @@ def test_challenges_that_cannot_be_read(tmp_path: Path, challenge: bytes) -> Non
 
 
 def peer(spiffe_id: str) -> Peer:
-    return Peer(spiffe_id=SpiffeId(spiffe_id), id=spiffe_id, serial="01", expires_at=0)
+    parsed = SpiffeId(spiffe_id)
+    name = parsed.trust_domain.name
+    return Peer(spiffe_id=parsed, id=spiffe_id, trust_domain=name, serial="01", expires_at=0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from spiffe import SpiffeId, TrustDomain
 
+from identity_client.credential import BundleSnapshot
 from identity_client.errors import PeerRejected
 from identity_client.naming import parse_spiffe_id, parse_trust_domain
 from identity_client.peer import Peer
@@ -60,11 +61,16 @@ def peer_rule(authorize: Authorize) -> PeerRule:
     return lambda peer: peer.id in allowed
 
 
-def check_allowed(peer: Peer, rule: PeerRule) -> None:
-    """Refuses a peer that `rule` does not accept.
+def check_allowed(peer: Peer, rule: PeerRule, *, bundle: BundleSnapshot) -> None:
+    """Refuses a peer that `rule` does not accept, or that `bundle` cannot speak for.
+
+    A trust domain's keys vouch for its own names and for no other's (X509-SVID section 5.2):
+    that holds even where `rule` accepts everybody.
 
     Raises:
         PeerRejected.
     """
+    if peer.trust_domain != bundle.trust_domain.name:
+        raise PeerRejected(f'peer "{peer.id}" is not of trust domain "{bundle.trust_domain}"')
     if not rule(peer):
         raise PeerRejected(f'peer "{peer.id}" is not one that is accepted here')

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from spiffe import JwtBundle, SpiffeId, TrustDomain, X509Bundle, X509Svid
@@ -109,12 +109,12 @@ class X509Material:
         """
         try:
             certificates = [x509.load_der_x509_certificate(der) for der in chain]
-        except ValueError as exc:
+        except (ValueError, x509.InvalidVersion) as exc:
             raise ProtocolViolation("the certificate chain cannot be read") from exc
         if not certificates:
             raise ProtocolViolation("the certificate chain is empty")
         leaf = certificates[0]
-        if spki_der(leaf.public_key()) != spki_der(private_key.public_key()):
+        if not _certifies(leaf, private_key):
             raise ProtocolViolation("the certificate is for another key than ours")
         try:
             peer = peer_from_der(chain[0])
@@ -198,6 +198,13 @@ class IdentitySnapshot:
         return replace(self, bundle=bundle, revision=self.revision + 1)
 
 
+def _certifies(leaf: x509.Certificate, private_key: ec.EllipticCurvePrivateKey) -> bool:
+    try:
+        return spki_der(leaf.public_key()) == spki_der(private_key.public_key())
+    except (ValueError, UnsupportedAlgorithm):
+        return False  # A key this library cannot even read is not ours.
+
+
 def _check_path(chain: Sequence[x509.Certificate], authorities: Iterable[x509.Certificate]) -> None:
     for issued, issuer in pairwise(chain):
         if not _issued_by(issued, issuer):
@@ -212,7 +219,7 @@ def _check_path(chain: Sequence[x509.Certificate], authorities: Iterable[x509.Ce
 def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 

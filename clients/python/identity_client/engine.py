@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,12 +24,13 @@ from spiffe import JwtSvid, SpiffeId
 from spiffe.errors import PySpiffeError
 
 from identity_api.broker.v1 import types_pb2
-from identity_client._wire.convert import AuthorizedEntry, bundle_from_wire
+from identity_client._wire.convert import AuthorizedEntry, bundle_from_wire, time_from_wire
 from identity_client.clock import roll, utc_now
 from identity_client.credential import BundleSnapshot, X509Material
 from identity_client.errors import (
     IdentityError,
     IdentityNotReady,
+    NotAuthenticated,
     NotPermitted,
     ProtocolViolation,
     RequestRejected,
@@ -48,9 +49,14 @@ _logger = logging.getLogger(__name__)
 
 # The wall clock may jump and machines sleep: due times are looked at again at least this often.
 _LONGEST_SLEEP = timedelta(seconds=60)
+_SHORTEST_SLEEP = timedelta(milliseconds=100)
 _WATCH_CAP = timedelta(seconds=5)
+# What the broker decided; anything else may be waited out with a token that is still valid.
+_DECIDED = (NotPermitted, NotAuthenticated, RequestRejected)
 _NODE_LOST = frozenset({"NODE_UNKNOWN", "CREDENTIAL_REVOKED", "UNAUTHENTICATED"})
 _TLS_FAILED = "BROKER_TLS_FAILED"
+_NO_ANSWER = frozenset({_TLS_FAILED, "BROKER_UNREACHABLE"})
+_PATIENCE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,6 @@ class Engine:
         self._dice = dice
         self._link = BrokerLink(settings)
         self._state: StateDir | None = None
-        self._anchors: BundleSnapshot | None = None
         self._bundle: BundleSnapshot | None = None
         self._bundle_message = b""
         self._node: _Node | None = None
@@ -97,7 +102,7 @@ class Engine:
         Raises:
             SettingsInvalid: a file cannot be read or used.
         """
-        self._anchors = self._bundle = await asyncio.to_thread(self._settings.trust_anchors)
+        self._bundle = await asyncio.to_thread(self._settings.trust_anchors)
         if self._settings.state_dir is not None:
             self._state = await asyncio.to_thread(StateDir, self._settings.state_dir)
             try:
@@ -131,7 +136,7 @@ class Engine:
                 await self._advance()
             except IdentityError as error:
                 failures += 1
-                pause = self._after_failure(error, failures)
+                pause = await self._after_failure(error, failures)
             else:
                 failures = 0
                 self._holder.record_success()
@@ -142,6 +147,7 @@ class Engine:
 
     async def _advance(self) -> None:
         now = utc_now()
+        self._holder.denied.prune(now=now)
         if self._node is not None and now >= self._node.material.not_after:
             self._forget_node("its SVID has expired")
         if self._node is None:
@@ -206,13 +212,15 @@ class Engine:
             hint=f'idb explain "{wanted}" --node "{node}" says which rule did not hold',
         )
 
-    def _after_failure(self, error: IdentityError, failures: int) -> timedelta:
+    async def _after_failure(self, error: IdentityError, failures: int) -> timedelta:
         self._holder.record_failure(error)
         _logger.warning("obtaining the identity failed (%d): %s", failures, error)
-        if error.reason in _NODE_LOST and self._node is not None and self._may_attest():
+        if error.reason == _TLS_FAILED:
+            await self._reread_anchors()
+        if self._node is not None and self._node_is_lost(self._node, error, failures):
             self._forget_node(error.message)
-        elif error.reason == _TLS_FAILED:
-            self._distrust_connection()
+        elif self._node is not None and error.reason == _TLS_FAILED:
+            self._reconnect(self._node)
         current = self._holder.peek()
         remaining = current.not_after - utc_now() if current and not self._holder.revoked else None
         return retry_delay(
@@ -221,32 +229,29 @@ class Engine:
 
     def _until_due(self) -> timedelta:
         dues = [due for due in (self._node and self._node.due, self._svid_due) if due]
-        return max(min(min(dues) - utc_now(), _LONGEST_SLEEP), timedelta(0))
+        return max(min(min(dues) - utc_now(), _LONGEST_SLEEP), _SHORTEST_SLEEP)
 
     # --- the node ------------------------------------------------------------------------------
 
-    def _may_attest(self) -> bool:
-        # A spent token cannot attest again; the broker's own refusal says more than "spent".
-        return self._settings.attestor.renewable
+    def _node_is_lost(self, node: _Node, error: IdentityError, failures: int) -> bool:
+        if not self._settings.attestor.renewable:
+            # A spent token cannot attest again; the broker's own refusal says more than "spent".
+            return False
+        if error.reason in _NODE_LOST:
+            return True
+        # A broker that does not trust our certificate any more cannot say so: TLS merely breaks.
+        return node.reattestable and error.reason in _NO_ANSWER and failures >= _PATIENCE
 
     def _forget_node(self, why: str) -> None:
         _logger.warning("attesting again: %s", why)
         self._node = None
         self._connected.clear()
 
-    def _distrust_connection(self) -> None:
+    async def _reread_anchors(self) -> None:
         # The broker's roots may have been replaced while we were away: the operator's file is
-        # then newer than what we learned. Try the one, then the other.
+        # then newer than what we learned.
         with suppress(SettingsInvalid):
-            anchors = self._settings.trust_anchors()
-            learned = self._bundle
-            if learned is not None and not learned.same_keys(anchors):
-                self._bundle = anchors
-            self._anchors = anchors
-        if self._node is not None and self._may_attest() and self._node.reattestable:
-            self._forget_node("the broker and this node do not trust each other's certificates")
-        elif self._node is not None:
-            self._reconnect(self._node)
+            self._bundle = await asyncio.to_thread(self._settings.trust_anchors)
 
     def _reconnect(self, node: _Node) -> None:
         self._link.connect(node.material, self._trusted())
@@ -384,7 +389,7 @@ class Engine:
             return await asyncio.shield(flight)
         except IdentityError as error:
             valid = self._jwt_cache.fallback(key, denied=denied, now=utc_now())
-            if valid is None or not error.retryable:
+            if valid is None or isinstance(error, _DECIDED):
                 raise
             return valid
 
@@ -413,7 +418,7 @@ class Engine:
             svid=svid,
             jti=message.jti,
             received=utc_now(),
-            expires_at=datetime.fromtimestamp(message.expires_at, UTC),
+            expires_at=time_from_wire(message.expires_at),
         )
         self._jwt_cache.put(key, token)
         return svid

@@ -306,10 +306,17 @@ def _only_result(results: Sequence[Any]) -> Any:
 
 
 def _material(svid: types_pb2.X509Svid, pair: KeyPair, bundle: BundleSnapshot) -> X509Material:
-    return X509Material.from_chain(
+    material = X509Material.from_chain(
         svid.cert_chain,
         private_key=pair.private_key,
         bundle=bundle,
         received=utc_now(),
         hint=svid.hint,
     )
+    if material.not_after <= material.received:
+        raise ProtocolViolation(
+            "the certificate had expired when it arrived",
+            reason="CLOCK_SKEW",
+            hint="compare this machine's clock with the broker's",
+        )
+    return material

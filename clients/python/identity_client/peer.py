@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from spiffe import SpiffeId
 
 from identity_client.errors import PeerExpired, PeerRejected, PeerRevoked, SettingsInvalid
@@ -24,6 +25,13 @@ from identity_client.revocation import DenySet
 __all__ = ["Peer", "check_current", "peer_from_der", "peer_from_pem", "serial_text"]
 
 _CACHED = 4096
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +41,14 @@ class Peer:
     Attributes:
         spiffe_id: its only URI SAN.
         id: the same as a string; what policies compare.
+        trust_domain: its trust domain's name.
         serial: lower-case hexadecimal, as the broker's ledger writes it.
         expires_at: seconds since the epoch.
     """
 
     spiffe_id: SpiffeId
     id: str
+    trust_domain: str = field(repr=False)
     serial: str
     expires_at: float = field(repr=False)
 
@@ -58,7 +68,7 @@ def peer_from_pem(pem: bytes) -> Peer:
     """
     try:
         return _read(x509.load_pem_x509_certificate(pem))
-    except ValueError as exc:
+    except _UNREADABLE as exc:
         raise PeerRejected("the peer's certificate cannot be read") from exc
 
 
@@ -71,7 +81,7 @@ def peer_from_der(der: bytes) -> Peer:
     """
     try:
         return _read(x509.load_der_x509_certificate(der))
-    except ValueError as exc:
+    except _UNREADABLE as exc:
         raise PeerRejected("the peer's certificate cannot be read") from exc
 
 
@@ -104,6 +114,7 @@ def _read(certificate: x509.Certificate) -> Peer:
     return Peer(
         spiffe_id=spiffe_id,
         id=str(spiffe_id),
+        trust_domain=spiffe_id.trust_domain.name,
         serial=serial_text(certificate.serial_number),
         expires_at=certificate.not_valid_after_utc.timestamp(),
     )

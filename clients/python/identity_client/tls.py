@@ -121,9 +121,10 @@ def verify_peer(
 
     Raises:
         PeerRejected: PEER_REJECTED, PEER_REVOKED or PEER_EXPIRED.
+        SourceError: we have no identity ourselves any more.
     """
     peer = _peer_of(connection)
-    check_allowed(peer, peer_rule(authorize))
+    check_allowed(peer, peer_rule(authorize), bundle=source.snapshot().bundle)
     check_current(peer, source.denied)
     return peer.spiffe_id
 
@@ -192,7 +193,7 @@ class RotatingContext(ssl.SSLContext):
         """
         try:
             peer = _peer_of(connection)
-            check_allowed(peer, self._rule)
+            check_allowed(peer, self._rule, bundle=_generation(connection.context).snapshot.bundle)
         except PeerRejected as refusal:
             raise PeerRefusedInHandshake.because(refusal) from refusal
         self.recheck(peer)
@@ -259,7 +260,7 @@ class _CheckedSocket(ssl.SSLSocket):
 
     @property
     def _rotating(self) -> RotatingContext:
-        return _rotating(self.context)
+        return _generation(self.context).rotating
 
     def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002
         super().do_handshake(block)
@@ -312,7 +313,7 @@ class _CheckedObject(ssl.SSLObject):
 
     @property
     def _rotating(self) -> RotatingContext:
-        return _rotating(self.context)
+        return _generation(self.context).rotating
 
     def do_handshake(self) -> None:
         super().do_handshake()
@@ -334,10 +335,10 @@ class _CheckedObject(ssl.SSLObject):
         return self._checked_peer or self._rotating.check(self)
 
 
-def _rotating(context: ssl.SSLContext) -> RotatingContext:
+def _generation(context: ssl.SSLContext) -> _Generation:
     if not isinstance(context, _Generation):
         raise PeerRefusedInHandshake("the connection's context was replaced")
-    return context.rotating
+    return context
 
 
 def _peer_of(connection: ssl.SSLSocket | ssl.SSLObject) -> Peer:

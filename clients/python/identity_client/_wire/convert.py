@@ -18,7 +18,13 @@ from identity_client.errors import ProtocolViolation, SettingsInvalid
 from identity_client.naming import parse_spiffe_id
 from identity_client.revocation import RevokedCredential
 
-__all__ = ["AuthorizedEntry", "bundle_from_wire", "entries_from_wire", "revocations_from_wire"]
+__all__ = [
+    "AuthorizedEntry",
+    "bundle_from_wire",
+    "entries_from_wire",
+    "revocations_from_wire",
+    "time_from_wire",
+]
 
 _VerifyKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
@@ -43,7 +49,7 @@ def bundle_from_wire(message: types_pb2.TrustBundle, trust_domain: TrustDomain) 
     try:
         authorities = tuple(x509.load_der_x509_certificate(c) for c in message.x509_authorities)
         jwt_keys = {key.key_id: _verify_key(key.public_key) for key in message.jwt_keys}
-    except (ValueError, UnsupportedAlgorithm) as exc:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as exc:
         raise ProtocolViolation("the broker's trust bundle cannot be read") from exc
     if not authorities:
         raise ProtocolViolation("the broker's trust bundle holds no CA certificate")
@@ -73,13 +79,27 @@ def entries_from_wire(
 def revocations_from_wire(
     messages: Iterable[credential_pb2.Revocation],
 ) -> tuple[RevokedCredential, ...]:
-    """Revocations, X.509 and JWT alike: their ids never meet."""
+    """Revocations, X.509 and JWT alike: their ids never meet.
+
+    Raises:
+        ProtocolViolation.
+    """
     return tuple(
-        RevokedCredential(
-            id=m.id, spiffe_id=m.spiffe_id, expires_at=datetime.fromtimestamp(m.expires_at, UTC)
-        )
+        RevokedCredential(id=m.id, spiffe_id=m.spiffe_id, expires_at=time_from_wire(m.expires_at))
         for m in messages
     )
+
+
+def time_from_wire(seconds: int) -> datetime:
+    """Seconds since the epoch as an aware time.
+
+    Raises:
+        ProtocolViolation: beyond what a calendar holds.
+    """
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError) as exc:
+        raise ProtocolViolation("the broker sent a time that is out of range") from exc
 
 
 def _verify_key(der: bytes) -> _VerifyKey | None:

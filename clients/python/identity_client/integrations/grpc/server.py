@@ -110,9 +110,8 @@ class _Gate:
             PeerRejected, SourceError.
         """
         peer = _peer(context)
-        if not self._rule(peer):
-            check_allowed(peer, self._rule)
-        self.recheck(peer)
+        check_allowed(peer, self._rule, bundle=self._source.snapshot().bundle)
+        check_current(peer, self._source.denied)
         return peer
 
     def recheck(self, peer: Peer) -> None:
