@@ -212,17 +212,25 @@ class _Half(asyncio.Protocol):
         self.other: _Half | None = None
         self.on_lost: Callable[[], None] = lambda: None
         self._ended = False
+        self._early: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        if self.other is not None and self.other.transport is None:
+        other = self.other
+        if other is not None and other.transport is None:
             # The other side is not there yet: read nothing until it is.
             self.transport.pause_reading()
-        elif self.other is not None and self.other.transport is not None:
-            self.other.transport.resume_reading()
+        elif other is not None and other.transport is not None:
+            for data in other._early:  # noqa: SLF001  # the two halves are one object in two parts
+                self.transport.write(data)
+            other._early.clear()  # noqa: SLF001  # as above
+            other.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        if self.other is not None and self.other.transport is not None:
+        if self.other is None or self.other.transport is None:
+            # Python 3.11.2 (Debian 12) reads all the same when paused in connection_made.
+            self._early.append(data)
+        else:
             self.other.transport.write(data)
 
     def eof_received(self) -> bool:
