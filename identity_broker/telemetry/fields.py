@@ -25,6 +25,7 @@ FIELDS: Final = MappingProxyType(
         "reason": 'stable reason of a refusal; "OK"',
         "detail": "what the caller was not told",
         "hint": "the next action",
+        "facts": "structured facts of a refusal",
         "duration_ms": "milliseconds",
         "retry_after": "seconds",
         # what it was about
@@ -32,6 +33,7 @@ FIELDS: Final = MappingProxyType(
         "node_id": "a node's SPIFFE ID",
         "entry_id": "a registration entry",
         "serial": "serial number or jti",
+        "authority": "a signing authority",
         "authority_id": "a signing authority",
         "key_id": "a signing key's name",
         "kind": "x509 or jwt",

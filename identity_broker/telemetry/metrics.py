@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
+from identity_broker.telemetry.loop_metrics import LoopCounter, LoopHistogram
+
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 _RPC_SECONDS: Final = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -31,18 +33,11 @@ class Metrics:
         ProcessCollector(registry=registry)
         self.build = Info("idb_build", "Version of the broker", registry=registry)
         # calls
-        self.rpc_total = Counter(
-            "idb_rpc_total",
-            "Calls that ended, by method and reason",
-            ("method", "reason"),
-            registry=registry,
+        self.rpc_total = LoopCounter(
+            "idb_rpc", "Calls that ended, by method and reason", ("method", "reason"), registry
         )
-        self.rpc_seconds = Histogram(
-            "idb_rpc_seconds",
-            "Time a unary call took",
-            ("method",),
-            buckets=_RPC_SECONDS,
-            registry=registry,
+        self.rpc_seconds = LoopHistogram(
+            "idb_rpc_seconds", "Time a unary call took", ("method",), _RPC_SECONDS, registry
         )
         self.streams_open = Gauge(
             "idb_streams_open", "Streams being served", ("method",), registry=registry

@@ -1,6 +1,12 @@
-"""What the pipeline costs: a unary echo through bare grpc.aio and through the pipeline, interleaved.
+"""What the pipeline and the splice cost, beside bare grpc.aio in the same run.
 
-Run: python tests/bench/bench_rpc_pipeline.py [--json]
+- A unary call over mTLS: bare handler, then through the pipeline (limits, metrics, log at info).
+- A unary call over a Unix socket: straight to the inner socket, then through the splice.
+- Short rounds, interleaved; client and server share the process. CPU time of the process for the
+  pipeline (wall time would show what else the machine does), wall time for the splice. The lower
+  quartile of the rounds is reported: noise only ever adds.
+
+Run: python tests/bench/bench_rpc_pipeline.py
 """
 
 from __future__ import annotations
@@ -8,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,157 +26,125 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import grpc
 
-from identity_api.broker.v1 import bundle_pb2, svid_pb2
+from identity_api.broker.v1 import svid_pb2
 from identity_broker.config.settings import LogLevel
-from identity_broker.domain.caller import ListenerKind
-from identity_broker.server.rpc.limits import RateLimiter
-from identity_broker.server.rpc.listener import MtlsListener
+from identity_broker.domain.caller import ListenerKind, LocalPeer
+from identity_broker.server.rpc.listener import LocalListener, MtlsListener
 from identity_broker.server.rpc.methods import Rate, RateName
-from identity_broker.server.rpc.pipeline import build_handlers
 from identity_broker.telemetry import logs
-from identity_broker.telemetry.metrics import Metrics
-from support.rpc import GET, ISSUE, NONE, Shell, everybody
+from support.rpc import GET, ISSUE, NONE, Shell, empty_bundle, everybody, unix_channel
 
-ROUNDS, CALLS = 9, 1500
+ROUNDS, CALLS = 60, 150
 
 
 async def issue(_request: Any, _call: Any) -> svid_pb2.BatchIssueX509Response:
     return svid_pb2.BatchIssueX509Response()
 
 
-class _Bare(grpc.GenericRpcHandler):
+class Bare(grpc.GenericRpcHandler):
     """The least a typed grpc.aio server can do."""
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+    def __init__(self) -> None:
         async def handle(request: Any, _context: Any) -> Any:
             return await issue(request, None)
 
-        return grpc.unary_unary_rpc_method_handler(
+        self._handler = grpc.unary_unary_rpc_method_handler(
             handle,
             svid_pb2.BatchIssueX509Request.FromString,
             svid_pb2.BatchIssueX509Response.SerializeToString,
         )
 
-
-async def _round(call: Any, request: Any) -> float:
-    started = time.process_time()
-    for _ in range(CALLS):
-        await call(request)
-    return (time.process_time() - started) / CALLS * 1e6
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._handler
 
 
-class _Context:
-    """Stands in for gRPC's context with its measured answers, to time the pipeline alone."""
+async def interleaved(
+    calls: Mapping[str, Callable[[], Any]], clock: Callable[[], float]
+) -> dict[str, float]:
+    """Microseconds a call, lower quartile of the rounds."""
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            started = clock()
+            for _ in range(CALLS):
+                await call()
+            rounds[name].append((clock() - started) / CALLS * 1e6)
+    return {name: round(sorted(times)[ROUNDS // 4], 1) for name, times in rounds.items()}
 
-    def __init__(self, real: Any) -> None:
-        self._metadata = real.invocation_metadata()
-        self._auth = real.auth_context()
-        self._peer = real.peer()
 
-    def invocation_metadata(self) -> Any:
-        return self._metadata
+async def pipeline() -> dict[str, float]:
+    shell = Shell({ISSUE: issue}, rates={RateName.ISSUE: Rate(1e6, 1_000_000)})
+    tls = shell.authority.broker()
+    client = shell.authority.issue("spiffe://example.org/idb/node/join_token/a")
+    raw = svid_pb2.BatchIssueX509Request(
+        items=[svid_pb2.BatchIssueX509Request.Item(entry_id="e" * 26, csr=b"c" * 240)]
+    ).SerializeToString()
+    served: dict[str, list[grpc.GenericRpcHandler]] = {
+        "bare": [Bare()],
+        "pipeline": shell.handlers(ListenerKind.MTLS),
+    }
+    listeners, channels, calls = [], [], {}
+    for name, handlers in served.items():
+        listener = MtlsListener("127.0.0.1:0", current_tls=lambda: tls)
+        await listener.start(handlers)
+        channel = shell.channel(listener.address, client)
+        method = channel.unary_unary(ISSUE)
+        listeners.append(listener)
+        channels.append(channel)
+        calls[name] = partial(method, raw)
+    found = await interleaved(calls, time.process_time)
+    for channel in channels:
+        await channel.close()
+    for listener in listeners:
+        await listener.stop(NONE)
+    return {**found, "overhead": round(found["pipeline"] - found["bare"], 1)}
 
-    def auth_context(self) -> Any:
-        return self._auth
 
-    def peer(self) -> str:
-        return str(self._peer)
+class _Trusting(LocalListener):
+    """Knows whoever comes to the inner socket by himself, so that both ways can be timed."""
 
-    def time_remaining(self) -> None:
-        return None
+    def of(self, peer: str) -> LocalPeer:
+        return LocalPeer(1, 0, 0) if peer == "unix:" else super().of(peer)
+
+
+async def splice() -> dict[str, float]:
+    shell = Shell({GET: empty_bundle}, authenticate=everybody)
+    with tempfile.TemporaryDirectory() as directory:
+        listener = _Trusting(Path(directory) / "a.sock")
+        await listener.start(shell.handlers(ListenerKind.LOCAL, listener))
+        inner = unix_channel(f"unix:{directory}/.a.sock/s")
+        outer = unix_channel(listener.address)
+        through = {"inner socket": inner.unary_unary(GET), "spliced": outer.unary_unary(GET)}
+        found = await interleaved(
+            {name: partial(call, b"") for name, call in through.items()},
+            time.perf_counter,
+        )
+        await inner.close()
+        await outer.close()
+        await listener.stop(NONE)
+    return {**found, "overhead": round(found["spliced"] - found["inner socket"], 1)}
+
+
+def log_lines() -> dict[str, float]:
+    found = {}
+    for level in (LogLevel.INFO, LogLevel.WARNING):
+        logs.configure(level, stream=io.StringIO())
+        log = logs.get_logger("rpc")
+        times = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            for _ in range(CALLS):
+                log.info("rpc", reason="OK", duration_ms=1.234)
+            times.append((time.perf_counter() - started) / CALLS * 1e6)
+        found[f"info line at level {level}"] = round(sorted(times)[ROUNDS // 4], 2)
+    return found
 
 
 async def main() -> None:
+    lines = log_lines()
     logs.configure(LogLevel.INFO, stream=io.StringIO())
-    shell = Shell({ISSUE: issue})
-    rates = {RateName.ISSUE: Rate(1e6, 1_000_000)}
-    tls = shell.authority.broker()
-    client = shell.authority.issue("spiffe://example.org/idb/node/join_token/a")
-    captured: list[Any] = []
-
-    def capture(*arguments: Any) -> Any:
-        return everybody(*arguments)
-
-    piped = build_handlers(
-        {ISSUE: issue},
-        listener=ListenerKind.MTLS,
-        authenticate=capture,
-        limiter=RateLimiter(rates),
-        metrics=Metrics(),
-        log=logs.get_logger("rpc"),
-        stopping=asyncio.Event(),
-    )
-    results: dict[str, list[float]] = {"bare": [], "pipeline": []}
-    request = svid_pb2.BatchIssueX509Request(
-        items=[svid_pb2.BatchIssueX509Request.Item(entry_id="e" * 26, csr=b"c" * 240)]
-    )
-    listeners = {}
-    for name, handlers in {"bare": [_Bare()], "pipeline": piped}.items():
-        listener = MtlsListener("127.0.0.1:0", current_tls=lambda: tls)
-        await listener.start(handlers)
-        listeners[name] = listener
-    channels = {n: shell.channel(li.address, client) for n, li in listeners.items()}
-    calls = {
-        n: c.unary_unary(
-            ISSUE,
-            request_serializer=svid_pb2.BatchIssueX509Request.SerializeToString,
-            response_deserializer=svid_pb2.BatchIssueX509Response.FromString,
-        )
-        for n, c in channels.items()
-    }
-    for call in calls.values():
-        await _round(call, request)
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            results[name].append(await _round(call, request))
-
-    # The same wrapper, without gRPC around it.
-    wrapper = piped[0].service(type("D", (), {"method": ISSUE})()).unary_unary  # type: ignore[union-attr]
-
-    class Grab(grpc.GenericRpcHandler):
-        def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-            async def handle(raw: bytes, context: Any) -> bytes:
-                captured.append(_Context(context))
-                for call in (context.invocation_metadata, context.auth_context, context.peer):
-                    started = time.perf_counter()
-                    for _ in range(5000):
-                        call()
-                    costs[call.__name__] = (time.perf_counter() - started) / 5000 * 1e6
-                return bundle_pb2.GetBundleResponse().SerializeToString()
-
-            return grpc.unary_unary_rpc_method_handler(handle)
-
-    costs: dict[str, float] = {}
-    listener = MtlsListener("127.0.0.1:0", current_tls=lambda: tls)
-    await listener.start([Grab()])
-    async with shell.channel(listener.address, client) as channel:
-        await channel.unary_unary(GET)(b"")
-    await listener.stop(NONE)
-    raw = request.SerializeToString()
-    alone = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        for _ in range(5000):
-            await wrapper(raw, captured[0])
-        alone.append((time.perf_counter() - started) / 5000 * 1e6)
-    for name, channel in channels.items():
-        await channel.close()
-        await listeners[name].stop(NONE)
-
-    medians = {name: round(statistics.median(values), 1) for name, values in results.items()}
-    report = {
-        "unit": "us per call",
-        **medians,
-        "overhead_median_of_differences": round(
-            statistics.median(
-                p - b for p, b in zip(results["pipeline"], results["bare"], strict=True)
-            ),
-            1,
-        ),
-        "wrapper_alone_with_parse_and_serialize": round(statistics.median(alone), 1),
-        "grpc_context": {name: round(cost, 2) for name, cost in costs.items()},
-    }
-    print(json.dumps(report, indent=None if "--json" in sys.argv else 2))
+    report = {"unit": "us", "mtls": await pipeline(), "local": await splice(), "log": lines}
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ async def test_metrics_are_prometheus_text() -> None:
         answer = await client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
         assert 'idb_issued_total{kind="x509"} 3.0' in answer.text
-        assert 'idb_rpc_seconds_bucket{le="0.0025",method="/a/b"} 1.0' in answer.text
+        assert 'idb_rpc_seconds_bucket{le="0.0025",method="/a/b"} 1' in answer.text
         assert "process_resident_memory_bytes" in answer.text
 
 

@@ -116,6 +116,7 @@ async def test_a_bug_becomes_internal_and_its_detail_stays_here() -> None:
 
     log = io.StringIO()
     logs.configure(LogLevel.INFO, stream=log)
+    error: grpc.aio.AioRpcError | None = None
     for function in (get, forgets):
         shell = Shell({GET: function})
         async with shell.bootstrap() as channel:
@@ -127,6 +128,7 @@ async def test_a_bug_becomes_internal_and_its_detail_stays_here() -> None:
     refused = [line for line in lines if line["event"] == "rpc refused"]
     assert [line["level"] for line in refused] == ["critical", "critical"]
     assert "internal/path" in refused[0]["exception"]
+    assert error is not None
     assert refused[1]["correlation_id"] == info_of(error).metadata["correlation_id"]
 
 

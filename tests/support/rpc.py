@@ -50,6 +50,11 @@ def everybody(
     return Caller(frozenset({CallerClass.ANYONE}), address)
 
 
+def unix_channel(address: str, options: Any = ()) -> Any:
+    """A channel to a Unix socket, as untyped as the raw bytes that go through it."""
+    return grpc.aio.insecure_channel(address, options)
+
+
 async def empty_bundle(_request: Any, _call: Any) -> bundle_pb2.GetBundleResponse:
     return bundle_pb2.GetBundleResponse()
 
@@ -84,7 +89,7 @@ class Shell:
         )
 
     @asynccontextmanager
-    async def bootstrap(self) -> AsyncIterator[grpc.aio.Channel]:
+    async def bootstrap(self) -> AsyncIterator[Any]:
         """A channel to a bootstrap listener."""
         tls = self.authority.broker()
         listener = BootstrapListener("127.0.0.1:0", current_tls=lambda: tls)
@@ -107,7 +112,7 @@ class Shell:
         finally:
             await listener.stop(NONE)
 
-    def channel(self, address: str, client: KeyPair | None) -> grpc.aio.Channel:
+    def channel(self, address: str, client: KeyPair | None) -> Any:
         """A channel that trusts this shell's authority."""
         credentials = grpc.ssl_channel_credentials(
             self.authority.pem,

@@ -67,7 +67,7 @@ class RateLimiter:
         wait = full_at - now - depth
         if wait > 1e-9:
             # One decimal, rounded up: an exact figure would only invite a stampede.
-            raise RateLimited(retry_after=math.ceil(round(wait * 10, 6)) / 10, method=method)
+            raise RateLimited(retry_after=math.ceil(round(wait * 10, 6)) / 10)
         buckets[key] = full_at
         buckets.move_to_end(key)
         if len(buckets) > self._capacity:

@@ -203,7 +203,8 @@ def _handler(
     if method.client_streaming and not method.server_streaming:
         raise InvariantViolated(detail=f"{name}: client streaming is not built")
     request_type = message_factory.GetMessageClass(method.input_type)
-    wrapper = _Wrapper(name, function, row, request_type, parts)
+    timed = not method.server_streaming
+    wrapper = _Wrapper(name, function, row, request_type, timed=timed, parts=parts)
     # Messages are parsed and serialized in the wrappers, where a failure gets its reason.
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(cast("Any", wrapper.duplex))
@@ -221,8 +222,11 @@ class _Wrapper:
         function: ServiceFunction,
         row: MethodRow,
         request_type: type[Message],
+        *,
+        timed: bool,
         parts: _Parts,
     ) -> None:
+        self._timed = timed  # a stream's length says nothing of the broker
         self._name = name
         self._function = function
         self._row = row
@@ -345,7 +349,6 @@ class _Wrapper:
         if not correlation_id:
             parts = self._parts
             correlation_id = f"{parts.correlation_prefix}-{next(parts.counter):x}"
-        bind_call(correlation_id, self._name)
         return correlation_id
 
     def _call(self, caller: Caller, correlation_id: str) -> Call:
@@ -371,15 +374,17 @@ class _Wrapper:
     ) -> None:
         elapsed = time.perf_counter() - started
         parts = self._parts
+        bind_call(correlation_id, self._name, caller)
         self._ended.labels(self._name, error.reason).inc()
-        self._seconds.observe(elapsed)
+        if self._timed:
+            self._seconds.observe(elapsed)
         getattr(parts.log, _LEVELS[error.kind])(
             "rpc refused",
             reason=error.reason,
             detail=error.detail or error.public,
-            caller=caller,
             peer=peer,
             duration_ms=_milliseconds(elapsed),
+            facts=error.fields or None,
             exc_info=error if error.kind is Kind.INTERNAL else None,
         )
         if (
