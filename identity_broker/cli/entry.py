@@ -76,11 +76,13 @@ def _described(*, flags: str) -> Callable[[C], C]:
         ),
         click.option(
             "--admin/--no-admin" if either else "--admin",
+            is_flag=True,
             default=None if either else False,
             help="It may administer the broker over mTLS.",
         ),
         click.option(
             "--downstream/--no-downstream" if either else "--downstream",
+            is_flag=True,
             default=None if either else False,
             help="It may run a broker below this one.",
         ),

@@ -69,11 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run `idb` with `arguments`; return the exit code."""
     invocation = Invocation()
+    if instruction := os.environ.get("_IDB_COMPLETE"):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "idb", "_IDB_COMPLETE", instruction)
     try:
-        code = cli.main(
-            args=list(arguments), prog_name="idb", standalone_mode=False, obj=invocation
-        )
+        # Not cli.main(): it has exit codes of its own for a closed pipe and for Ctrl-C.
+        with cli.make_context("idb", list(arguments), obj=invocation) as context:
+            cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
         failure = failure_of(error)
         failure.tell(as_json=_wants_json(invocation, arguments))
         return failure.code
-    return code if isinstance(code, int) else ExitCode.OK
+    return ExitCode.OK
 
 
 def _wants_json(invocation: Invocation, arguments: Sequence[str]) -> bool:

@@ -40,7 +40,7 @@ class Duration(click.ParamType[timedelta]):
 
     name = "duration"
     _FORM: ClassVar[re.Pattern[str]] = re.compile(
-        r"(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9})s)?"
+        r"(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9})s)?", re.ASCII
     )
 
     def convert(

@@ -28,6 +28,7 @@ async def check_dependencies(settings: Settings, clock: Clock) -> list[str]:
     done = []
     if not _is_unmade(settings.database_url):
         store = Store(settings.database_url, clock=clock)
+        await store.open()
         try:
             await store.read(lambda _repositories: None)
         finally:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import stat
@@ -21,6 +20,7 @@ import grpc
 from identity_client.admin._names import broker_server_name
 from identity_client.errors import BrokerUnavailable, NotPermitted, SettingsInvalid
 
+_MAX_PATH_BYTES = 107  # sun_path, without its final zero
 # A connection that does not come back at once is reported, not waited for.
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.enable_retries", 0),
@@ -58,6 +58,12 @@ class UnixTarget:
 
     def _probe(self, path: Path) -> None:
         """Connect once by hand: the kernel says why not in better words than gRPC passes on."""
+        if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+            raise SettingsInvalid(
+                f'the socket path "{path}" is too long',
+                hint=f"a Unix socket's path has at most {_MAX_PATH_BYTES} bytes; the broker can "
+                "be told another one with server.admin_socket",
+            )
         probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         probe.settimeout(2.0)
         try:
@@ -71,12 +77,6 @@ class UnixTarget:
                 hint="run it as the broker's own user, as root, or as a member of its admin group",
             ) from exc
         except OSError as exc:
-            if exc.errno == errno.ENAMETOOLONG or str(exc).startswith("AF_UNIX path too long"):
-                raise SettingsInvalid(
-                    f'the socket path "{path}" is too long',
-                    hint="a Unix socket's path has at most 107 bytes; the broker can be told "
-                    "another one with server.admin_socket",
-                ) from exc
             raise BrokerUnavailable(
                 f'no broker listens on "{path}"',
                 hint="start one (idb dev --dir DIR, or idb server run --config FILE) or name "

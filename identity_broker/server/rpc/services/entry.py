@@ -175,7 +175,7 @@ def _change(
 def _result(result: RegistrationEntry | BrokerError) -> pb.EntryResult:
     if not isinstance(result, BrokerError):
         return pb.EntryResult(status=_OK, entry=convert.to_entry(result))
-    stored = getattr(result, "entry", None) if isinstance(result, EntryExists) else None
+    stored = result.fields.get("entry") if isinstance(result, EntryExists) else None
     message = pb.EntryResult(status=item_status(result))
     if isinstance(stored, RegistrationEntry):
         message.entry.CopyFrom(convert.to_entry(stored))

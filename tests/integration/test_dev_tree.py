@@ -1,0 +1,181 @@
+"""`idb dev`: one tree of processes that starts, resumes, says what happened, and ends whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from identity_broker.dev.state import FILE_NAME
+from support.broker import DevBroker, run_dev, run_idb
+
+LOCAL = ("--ca", "local")
+
+
+def children(pid: int) -> dict[int, str]:
+    """The command lines of the direct children of a process."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found[int(child)] = (
+                Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            )
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def all_gone(pids: list[int], seconds: float = 5.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not any(map(is_running, pids)):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def identities(broker: DevBroker) -> dict[str, object]:
+    authorities = broker.admin.authorities.list()
+    return {
+        "authorities": {one.id for one in authorities if one.state == "active"},
+        "roots": broker.admin.bundle().x509_authorities,
+        "entries": [one.id for one in broker.admin.entries.list()],
+        "trust_domain": broker.state.trust_domain,
+    }
+
+
+def make_entry(broker: DevBroker) -> None:
+    made = broker.idb(
+        *("entry", "create", "--id", "kept", "--spiffe-id", "/kept", "--parent", "n"),
+        *("--selector", "unix:uid:1"),
+    )
+    assert made.code == 0, made.err
+
+
+@pytest.mark.openbao
+@pytest.mark.slow
+def test_a_real_openbao_and_a_second_start_that_resumes(tmp_path: Path) -> None:
+    directory = tmp_path / "dev"
+    with run_dev(directory) as broker:
+        document = json.loads((directory / FILE_NAME).read_text())
+        assert set(document) == {"trust_domain", "broker", "openbao", "bundle_file", "pid"}
+        assert set(document["broker"]) == {
+            *("address", "bootstrap_address", "admin_socket", "http_address")
+        }
+        assert document["pid"] == broker.process.pid
+        assert document["openbao"]["address"].startswith("http://127.0.0.1:")
+        assert "BEGIN CERTIFICATE" in Path(document["bundle_file"]).read_text()
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert stat.S_IMODE((directory / FILE_NAME).stat().st_mode) == 0o600
+        tree = children(broker.process.pid)
+        assert len(tree) == 2
+        make_entry(broker)
+        before = identities(broker)
+        authority = next(iter(broker.admin.authorities.list()))
+        assert authority.key_id.startswith("transit:")
+        assert authority.upstream == "vault_pki"
+        doctor = broker.idb("doctor", "-o", "json")
+        assert doctor.code == 0, doctor.out
+        addresses = broker.state.broker
+        started = time.monotonic()
+        assert broker.stop() == 0
+        assert time.monotonic() - started < 10
+        assert not (directory / FILE_NAME).exists()
+        assert all_gone(list(tree))
+    with run_dev(directory) as broker:
+        assert identities(broker) == before
+        assert broker.state.broker == addresses
+        # OpenBao ends by itself: dev says so and takes the broker with it.
+        tree = children(broker.process.pid)
+        (bao,) = (pid for pid, command in tree.items() if "server -config=" in command)
+        os.kill(bao, signal.SIGKILL)
+        assert broker.process.wait(15) == 6
+        assert "OpenBao ended" in broker.out.read_text()
+        assert all_gone(list(tree))
+        assert not (directory / FILE_NAME).exists()
+
+
+def test_a_second_dev_conflicts_and_harms_nothing(dev_broker: DevBroker) -> None:
+    second = run_idb("dev", "--dir", str(dev_broker.directory), *LOCAL, "-o", "json")
+    assert second.code == 5
+    assert second.error["reason"] == "DEV_ALREADY_RUNNING"
+    assert str(dev_broker.process.pid) in second.error["message"]
+    assert dev_broker.idb("doctor").code == 0
+    assert (dev_broker.directory / FILE_NAME).exists()
+
+
+def test_a_killed_broker_ends_the_tree_and_the_next_start_resumes(tmp_path: Path) -> None:
+    directory = tmp_path / "dev"
+    with run_dev(directory, *LOCAL, "--trust-domain", "kill.example") as broker:
+        make_entry(broker)
+        before = identities(broker)
+        ((pid, command),) = children(broker.process.pid).items()
+        assert "server run" in command
+        os.kill(pid, signal.SIGKILL)
+        assert broker.process.wait(10) == 6
+        said = broker.out.read_text()
+        assert "the broker ended with signal 9" in said
+        assert "DEV_CHILD_ENDED" in said
+        assert not (directory / FILE_NAME).exists()
+    # Nothing runs, and the CLI says how to start it.
+    down = run_idb("--dir", str(directory), "entry", "list", "-o", "json")
+    assert down.code == 6
+    assert "idb dev" in down.error["hint"]
+    # kill -9 of the whole tree's root leaves no orphan, and its directory can be used again.
+    with run_dev(directory) as broker:
+        assert identities(broker) == before
+        assert broker.state.trust_domain == "kill.example"
+        tree = list(children(broker.process.pid))
+        broker.stop(signal.SIGKILL)
+        assert all_gone(tree)
+        assert (directory / FILE_NAME).exists()  # stale: nobody was left to remove it
+        down = run_idb("--dir", str(directory), "entry", "list")
+        assert down.code == 6
+    refused = run_idb("dev", "--dir", str(directory), "--trust-domain", "other.example")
+    assert refused.code == 2
+    assert "reason: DEV_DIRECTORY_UNUSABLE" in refused.err
+    assert run_idb("dev", "--dir", str(directory), "--ca", "openbao").code == 2
+
+
+def test_a_directory_too_deep_for_a_socket(tmp_path: Path) -> None:
+    directory = tmp_path / ("deep" * 20) / ("deeper" * 10) / "dev"
+    with run_dev(directory, *LOCAL) as broker:
+        socket = Path(broker.state.broker.admin_socket)
+        assert not socket.is_relative_to(directory)
+        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+        assert broker.idb("authority", "list").code == 0
+        assert broker.stop(signal.SIGINT) == 0
+        assert not socket.parent.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "foreign", "damaged"])
+def test_directories_that_cannot_be_used(tmp_path: Path, kind: str) -> None:
+    directory = tmp_path / "dev"
+    if kind == "file":
+        directory.touch()
+    else:
+        directory.mkdir()
+        name = {"foreign": "thesis.tex", "damaged": "settings.json"}[kind]
+        (directory / name).write_text("{}")
+    refused = run_idb("dev", "--dir", str(directory), *LOCAL)
+    assert refused.code == 2
+    assert "reason: DEV_DIRECTORY_UNUSABLE" in refused.err
+    assert not (directory / FILE_NAME).exists()
+
+
+def test_a_configuration_the_broker_refuses_is_told_in_words(tmp_path: Path) -> None:
+    refused = run_idb("dev", "--dir", str(tmp_path / "dev"), *LOCAL, "--trust-domain", "Not Valid")
+    assert refused.code == 6
+    assert "trust_domain" in refused.err
+    assert "Traceback" not in refused.err
