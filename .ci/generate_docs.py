@@ -47,7 +47,7 @@ def _first_sentence(documented: type) -> str:
 
 def error_page() -> str:
     """Every reason, what the caller reads, what to do next, how it reaches gRPC and the shell."""
-    from identity_broker.cli.exit_codes import BY_KIND, MEANINGS
+    from identity_broker.cli.exit_codes import BY_KIND
     from identity_broker.server.rpc.status import status_code
 
     lines = _page(
@@ -68,10 +68,7 @@ def error_page() -> str:
                 (f"`{leaf.reason}`", _first_sentence(leaf), leaf.sentence, hint, code, exit_code)
             )
         lines += [*_table(*rows), ""]
-    lines += ["## Exit codes of `idb`", ""]
-    lines += _table(
-        ("exit", "meaning"), *((str(int(code)), text) for code, text in MEANINGS.items())
-    )
+    lines += ["What the exit codes mean: [the command line](cli.md#exit-codes)."]
     return "\n".join(lines) + "\n"
 
 
@@ -115,16 +112,18 @@ def telemetry_page() -> str:
         "never a SPIFFE ID, never an address.",
     )
     metrics = Metrics(CollectorRegistry())
+    suffixes = {"counter": "_total", "info": "_info"}
     rows = [("metric", "type", "labels", "meaning")]
     for metric in vars(metrics).values():
         described = getattr(metric, "describe", None)
         if described is None or isinstance(metric, CollectorRegistry):
             continue
-        # prometheus_client has no public way to ask for the labels.
-        labels = ", ".join(f"`{label}`" for label in metric._labelnames) or "–"  # noqa: SLF001
+        # Ours say `label_names`; prometheus_client has no public way to ask.
+        names = getattr(metric, "label_names", None) or getattr(metric, "_labelnames", ())
+        labels = ", ".join(f"`{label}`" for label in names) or "–"
         rows += [
             (
-                f"`{family.name}{'_total' if family.type == 'counter' else ''}`",
+                f"`{family.name.removesuffix('_total')}{suffixes.get(family.type, '')}`",
                 family.type,
                 labels,
                 family.documentation,

@@ -21,7 +21,12 @@ VAGUE = {"common", "helper", "helpers", "manager", "misc", "shared", "util", "ut
 
 # Longer than this is a smell. What is longer and reads better whole stands below, with the reason.
 LONGEST_MODULE = 500
-LONGER_FOR_A_REASON: dict[str, str] = {}
+LONGER_FOR_A_REASON = {
+    "ca/identity_ca/jwt.py": "making and checking a JWT-SVID follow one document, clause by clause",
+    "identity_broker/config/settings.py": "one table of every setting, a class a section",
+    "identity_broker/server/rpc/convert.py": "a function a message; none needs another's context",
+    "identity_broker/server/rpc/pipeline.py": "the order of a call's steps is its subject",
+}
 
 # Hosts that text may name: standards, licences, projects. Anything else is a machine somewhere.
 HOSTS = {
