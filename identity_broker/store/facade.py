@@ -31,7 +31,9 @@ T = TypeVar("T")
 THREADS = 4
 """Transactions at a time, the ledger's apart."""
 PATIENCE = 15.0
-"""Seconds a caller waits for a thread and its answer."""
+"""Seconds a caller waits for a thread."""
+RUNNING_PATIENCE = 60.0
+"""Seconds a transaction may take: loading 100,000 entries on a busy machine fits in."""
 _ATTEMPTS = 5
 _JITTER = secrets.SystemRandom()
 
@@ -73,7 +75,7 @@ class Store:
             ConfigError: a newer version of the broker has been here.
         """
         await self.open()
-        await self._call(lambda: schema.upgrade(self._database), schema.PATIENCE)
+        await self._call(lambda: schema.upgrade(self._database), running=schema.PATIENCE)
 
     async def close(self) -> None:
         """Write what the ledger has queued, and let go of the database."""
@@ -123,7 +125,7 @@ class Store:
             with self._database.transaction(Mode.APPEND) as connection:
                 schema.verify(connection)
 
-        await self._call(look)
+        await self._call(look, running=PATIENCE)
 
     def _write(self, fn: Callable[[Repositories], T]) -> T:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -144,14 +146,25 @@ class Store:
         if seq and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.changes.published, seq)
 
-    async def _call(self, work: Callable[[], T], patience: float = PATIENCE) -> T:
+    async def _call(self, work: Callable[[], T], *, running: float = RUNNING_PATIENCE) -> T:
         if self._executor is None:
             raise StoreUnavailable(detail="the store is not open")
         loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(PATIENCE)
+
+        def extend() -> None:
+            if not future.done():
+                limit.reschedule(loop.time() + running)
+
+        def run() -> T:
+            loop.call_soon_threadsafe(extend)
+            return work()
+
         try:
-            async with asyncio.timeout(patience):
-                return await loop.run_in_executor(self._executor, work)
+            async with limit:
+                future = loop.run_in_executor(self._executor, run)
+                return await future
         except TimeoutError as error:
             raise StoreUnavailable(
-                detail=f"no answer within {patience:g} s", retry_after=RETRY_AFTER
+                detail="the database took too long", retry_after=RETRY_AFTER
             ) from error

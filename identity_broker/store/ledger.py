@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 

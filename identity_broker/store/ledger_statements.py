@@ -21,12 +21,10 @@ from identity_broker.store.mapping import INTENT_COLUMNS, to_micros
 
 T = TypeVar("T")
 
+_COLUMNS = ", ".join(INTENT_COLUMNS)
 _SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 
-_INTENTS = (
-    "INSERT INTO credentials (" + ", ".join(INTENT_COLUMNS) + ", state, digest, comment)"
-    " VALUES {rows}"
-)
+_INTENTS = "INSERT INTO credentials ({columns}, state, digest, comment) VALUES {rows}"
 _AUDIT = (
     "WITH v(id, at) AS (VALUES {rows})"
     " INSERT INTO audit_events (at, kind, actor, subject, reason, correlation_id, facts)"
@@ -75,7 +73,7 @@ def _run(
 
 @cache
 def _statement(template: str, marks: str, size: int) -> str:
-    return template.format(rows=", ".join([marks] * size))
+    return template.format(columns=_COLUMNS, rows=", ".join([marks] * size))
 
 
 def _mark(connection: Connection) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, exists, insert, select, update
+from sqlalchemy import Connection, Select, and_, delete, exists, insert, or_, select, update
 
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Topic
@@ -58,10 +58,7 @@ class EntryRepository:
             created_at=entry.created_at or self._now,
             updated_at=entry.created_at or self._now,
         )
-        stored = self._one(entries.c.id == entry.id)
-        if stored is not None:
-            raise _exists(stored, f'an entry with the id "{entry.id}" exists already')
-        self._refuse_duplicate(entry)
+        self._refuse_duplicate(entry, new=True)
         self._claim_spelling(entry.spiffe_id)
         self._connection.execute(insert(entries).values(mapping.entry_values(entry)))
         self._connection.execute(insert(entry_selectors), mapping.selector_values(entry))
@@ -95,7 +92,7 @@ class EntryRepository:
             created_at=created_at,
             updated_at=max(self._now, stored.updated_at or created_at),
         )
-        self._refuse_duplicate(entry)
+        self._refuse_duplicate(entry, new=False)
         if entry.spiffe_id != stored.spiffe_id:
             self._claim_spelling(entry.spiffe_id)
         self._connection.execute(
@@ -129,10 +126,10 @@ class EntryRepository:
         Raises:
             EntryNotFound: there is none.
         """
-        stored = self._one(entries.c.id == entry_id)
-        if stored is None:
+        found = self._load(select(entries).where(entries.c.id == entry_id))
+        if not found:
             raise EntryNotFound(f'no registration entry has the id "{entry_id[:64]}"')
-        return stored
+        return found[0]
 
     def get_many(self, entry_ids: Collection[str]) -> dict[str, RegistrationEntry]:
         """The entries with those ids, by id; unknown ids are left out."""
@@ -190,10 +187,6 @@ class EntryRepository:
         options = {"stream_results": True, "yield_per": _STREAM}
         return iter(self._connection.execute(query, execution_options=options))
 
-    def _one(self, condition: Any) -> RegistrationEntry | None:
-        found = self._load(select(entries).where(condition))
-        return found[0] if found else None
-
     def _load(self, query: Select[Any]) -> list[RegistrationEntry]:
         rows = list(self._connection.execute(query))
         if not rows:
@@ -208,23 +201,28 @@ class EntryRepository:
 
     # --- what may not be stored twice ---------------------------------------------------------
 
-    def _refuse_duplicate(self, entry: RegistrationEntry) -> None:
-        others = entries.c.id != entry.id
-        twin = self._one(and_(entries.c.identity_key == mapping.identity_key(entry), others))
-        if twin is not None:
-            raise _exists(
-                twin,
-                f'the entry "{twin.id}" has the same SPIFFE ID, parent and selectors already',
-            )
-        hint_key = mapping.hint_key(entry)
-        if hint_key is None:
-            return
-        namesake = self._one(and_(entries.c.hint_key == hint_key, others))
-        if namesake is not None:
+    def _refuse_duplicate(self, entry: RegistrationEntry, *, new: bool) -> None:
+        identity, hint = mapping.identity_key(entry), mapping.hint_key(entry)
+        same = [entries.c.id == entry.id, entries.c.identity_key == identity]
+        if hint is not None:
+            same.append(entries.c.hint_key == hint)
+        query = select(entries.c.id, entries.c.identity_key).where(or_(*same))
+        rows = self._connection.execute(query).all()
+        same_id = [row for row in rows if row.id == entry.id]
+        others = [row for row in rows if row.id != entry.id]
+        if new and same_id:
+            raise _exists(self.get(entry.id), f'an entry with the id "{entry.id}" exists already')
+        for row in others:
+            if row.identity_key == identity:
+                raise _exists(
+                    self.get(row.id),
+                    f'the entry "{row.id}" has the same SPIFFE ID, parent and selectors already',
+                )
+        if others:
             raise EntryInvalid(
-                f'the entry "{namesake.id}" has the same parent and the same hint already',
+                f'the entry "{others[0].id}" has the same parent and the same hint already',
                 hint="choose another hint: workloads tell their identities apart by it",
-                entry_id=namesake.id,
+                entry_id=others[0].id,
             )
 
     def _claim_spelling(self, spiffe_id: SpiffeId) -> None:
