@@ -31,7 +31,7 @@ _SKEW_WARN = timedelta(seconds=5)
 _SKEW_FAIL = timedelta(seconds=60)
 _HTTP_TIMEOUT = 5.0
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_PUBLIC_SUFFIXES = (".pem", ".sock")
+_PUBLIC_FILES = frozenset({"bundle.pem"})
 
 
 class Verdict(StrEnum):
@@ -167,7 +167,7 @@ def _is_private(path: Path, directory: Path) -> bool:
     # What lies below a directory that is closed to others cannot be reached by them.
     parents = [parent for parent in path.parents if parent.is_relative_to(directory)]
     reachable = all(parent.stat().st_mode & _OTHERS for parent in parents)
-    return reachable and path.suffix not in _PUBLIC_SUFFIXES
+    return reachable and path.name not in _PUBLIC_FILES
 
 
 def _life(

@@ -196,7 +196,7 @@ def test_commands_that_make_no_sense(idb: Idb, arguments: list[str]) -> None:
 
 def test_a_batch_is_told_item_by_item(idb: Idb, dev_broker: DevBroker, tmp_path: Path) -> None:
     good, bad = dev_broker.unique("good"), dev_broker.unique("bad")
-    items = [
+    items: list[dict[str, object]] = [
         {"id": good, "spiffe_id": f"spiffe://dev.example.org/tests/{good}"},
         {"id": bad, "spiffe_id": "spiffe://dev.example.org/tests/../x"},
     ]

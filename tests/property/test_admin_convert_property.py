@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -50,11 +52,12 @@ def test_an_entry_comes_back_as_it_was(entry: Entry) -> None:
 
 @given(st.binary(max_size=300))
 def test_any_message_is_read_or_refused(content: bytes) -> None:
-    for message, read in (
+    kinds: tuple[tuple[Any, Callable[[Any], object]], ...] = (
         (types_pb2.RegistrationEntry(), convert.entry_from_wire),
         (credential_pb2.CredentialRecord(), convert.credential_from_wire),
         (types_pb2.TrustBundle(), convert.bundle_from_wire),
-    ):
+    )
+    for message, read in kinds:
         try:
             message.ParseFromString(content)
         except Exception:  # not a message: protobuf's to refuse
@@ -88,7 +91,8 @@ def test_every_number_of_the_api_has_a_name(enum, prefix, known) -> None:
 
 
 def test_a_number_of_a_newer_broker_reads_as_unknown() -> None:
-    record = credential_pb2.CredentialRecord(id="a", state=99, kind=98, reason=97, revoked_at=1)
+    numbers: dict[str, Any] = {"state": 99, "kind": 98, "reason": 97}
+    record = credential_pb2.CredentialRecord(id="a", revoked_at=1, **numbers)
     found = convert.credential_from_wire(record)
     assert (found.state, found.kind, found.reason) == ("unknown", "unknown", "unspecified")
 

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_table_off_a_terminal_is_plain_and_aligned() -> None:
-    rows = [["a", Text("live", Style.GOOD)], ["longer", "x"]]
+    rows: list[output.Row] = [["a", Text("live", Style.GOOD)], ["longer", "x"]]
     assert output.table(["id", "state"], rows, empty="").splitlines() == [
         "ID      STATE",
         "a       live",

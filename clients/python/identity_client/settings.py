@@ -99,12 +99,12 @@ class SourceSettings:
             raise SettingsInvalid(
                 f'the bundle file "{self.bundle_file}" cannot be read: '
                 f"{exc.strerror or type(exc).__name__}",
-                hint="idb bundle show -o pem writes the trust domain's bundle",
+                hint="idb bundle show --format pem writes the trust domain's bundle",
             ) from exc
         except ValueError as exc:
             raise SettingsInvalid(
                 f'the bundle file "{self.bundle_file}" holds no PEM certificate',
-                hint="idb bundle show -o pem writes the trust domain's bundle",
+                hint="idb bundle show --format pem writes the trust domain's bundle",
             ) from exc
         return BundleSnapshot(
             trust_domain=self.trust_domain,

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import secrets
 import time
 from typing import Any
@@ -159,7 +157,7 @@ def _worthless(stage: Stage, intruder: Actor, api_key: str) -> None:
     bundle = stage.idb("bundle", "show", show=False).document
     public = {
         "roots": "".join(bundle["x509_authorities_pem"]),
-        "name": _server_name(INVENTORY),
+        "peer": INVENTORY,
     }
     intruder.wait_for("ready")
     attempts: tuple[tuple[str, str, Event], ...] = (
@@ -226,7 +224,7 @@ def incident(stage: Stage, cast: Cast) -> dict[str, Any]:
     stolen = stage.folder / "core-dump.json"
     cast.orders.tell(copy_out=str(stolen))
     cast.orders.wait_for("copied_out", serial=identity["serial"])
-    position = cast.intruder.tell(impersonate=str(stolen), name=_server_name(INVENTORY))
+    position = cast.intruder.tell(impersonate=str(stolen), peer=INVENTORY)
     for kind in ("open", "new"):
         cast.intruder.wait_for("served", after=position, connection=kind)
     tell.step(
@@ -315,9 +313,3 @@ def _relative(span: float) -> str:
     if span < 0:
         return f"{-span * 1000:.0f} ms before it had returned"
     return f"{span * 1000:.0f} ms after it had returned"
-
-
-def _server_name(spiffe_id: str) -> str:
-    """The DNS name that stands for a SPIFFE ID in its certificate."""
-    digest = base64.b32encode(hashlib.sha256(spiffe_id.encode()).digest())
-    return f"{digest.decode().lower().rstrip('=')}.svid.{TRUST_DOMAIN}"

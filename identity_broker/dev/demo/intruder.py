@@ -2,9 +2,9 @@
 
 The first line on stdin: {"inventory": "host:port"}. Commands, each answered by an event:
 - {"replay": API_KEY} calls over plain text with the stolen key.
-- {"replay_tls": API_KEY, "roots": PEM, "name": DNS} the same over TLS, without a certificate.
-- {"forge": SPIFFE_ID, "roots": PEM, "name": DNS} calls with a self-made certificate for that name.
-- {"impersonate": FILE, "name": DNS} takes a stolen X.509-SVID and calls without pause, on one
+- {"replay_tls": API_KEY, "roots": PEM, "peer": SPIFFE_ID} the same over TLS, with no certificate.
+- {"forge": SPIFFE_ID, "roots": PEM, "peer": SPIFFE_ID} calls with a self-made certificate.
+- {"impersonate": FILE, "peer": SPIFFE_ID} takes a stolen X.509-SVID and calls without pause, on one
   connection that stays open and on a new one each time, and tells when either is refused.
 """
 
@@ -31,6 +31,7 @@ from identity_broker.dev.demo.wire import (
     reason_of,
     unary,
 )
+from identity_client.naming import parse_spiffe_id, server_name
 
 _ITEM = {"item": "everything"}
 _CALL_SECONDS = 3.0
@@ -50,32 +51,32 @@ class Intruder:
         with grpc.insecure_channel(self._inventory) as channel:
             emit("replayed", reason=_try(channel, api_key))
 
-    def replay_tls(self, api_key: str, roots: str, name: str) -> None:
+    def replay_tls(self, api_key: str, roots: str, peer: str) -> None:
         """The stolen key, over TLS without a certificate."""
         credentials = grpc.ssl_channel_credentials(roots.encode())
-        with self._secure(credentials, name) as channel:
+        with self._secure(credentials, peer) as channel:
             emit("replayed", reason=_try(channel, api_key))
 
-    def forge(self, spiffe_id: str, roots: str, name: str) -> None:
+    def forge(self, spiffe_id: str, roots: str, peer: str) -> None:
         """A certificate that says the right name and that nobody signed but us."""
         key, certificate = _self_made(spiffe_id)
         credentials = grpc.ssl_channel_credentials(roots.encode(), key, certificate)
-        with self._secure(credentials, name) as channel:
+        with self._secure(credentials, peer) as channel:
             emit("forged", reason=_try(channel))
 
-    def impersonate(self, file: str, name: str) -> None:
+    def impersonate(self, file: str, peer: str) -> None:
         """A stolen X.509-SVID with its key, on an open connection and on new ones."""
         stolen = json.loads(Path(file).read_text())
         credentials = grpc.ssl_channel_credentials(
             stolen["roots"].encode(), stolen["key"].encode(), stolen["chain"].encode()
         )
-        open_channel = self._secure(credentials, name)
+        open_channel = self._secure(credentials, peer)
 
         def on_open() -> str:
             return _try(open_channel)
 
         def on_new() -> str:
-            with self._secure(credentials, name) as channel:
+            with self._secure(credentials, peer) as channel:
                 return _try(channel)
 
         for kind, call in (("open", on_open), ("new", on_new)):
@@ -101,9 +102,9 @@ class Intruder:
             if served == 1:
                 emit("served", connection=kind)
 
-    def _secure(self, credentials: grpc.ChannelCredentials, name: str) -> grpc.Channel:
+    def _secure(self, credentials: grpc.ChannelCredentials, peer: str) -> grpc.Channel:
         options = (
-            ("grpc.ssl_target_name_override", name),
+            ("grpc.ssl_target_name_override", server_name(parse_spiffe_id(peer))),
             ("grpc.use_local_subchannel_pool", 1),
         )
         return grpc.secure_channel(self._inventory, credentials, options)
@@ -124,11 +125,11 @@ def _obey(intruder: Intruder, command: Message) -> None:
     if "replay" in command:
         intruder.replay(command["replay"])
     elif "replay_tls" in command:
-        intruder.replay_tls(command["replay_tls"], command["roots"], command["name"])
+        intruder.replay_tls(command["replay_tls"], command["roots"], command["peer"])
     elif "forge" in command:
-        intruder.forge(command["forge"], command["roots"], command["name"])
+        intruder.forge(command["forge"], command["roots"], command["peer"])
     elif "impersonate" in command:
-        intruder.impersonate(command["impersonate"], command["name"])
+        intruder.impersonate(command["impersonate"], command["peer"])
 
 
 def _try(channel: grpc.Channel, api_key: str = "") -> str:
