@@ -77,8 +77,11 @@ Seconds = Annotated[timedelta, _reads, AfterValidator(_Bounds("100ms", "5m")), _
 ShortLife = Annotated[timedelta, _reads, AfterValidator(_Bounds("1s", "24h")), _writes]
 """The life of a token: a second to a day."""
 
-SvidLife = Annotated[timedelta, _reads, AfterValidator(_Bounds("10s", "30d")), _writes]
-"""The life of an X.509-SVID: ten seconds to thirty days."""
+SvidLife = Annotated[timedelta, _reads, AfterValidator(_Bounds("10s", "24h")), _writes]
+"""The life of a workload's X.509-SVID: ten seconds to a day, as its profile says."""
+
+NodeLife = Annotated[timedelta, _reads, AfterValidator(_Bounds("10s", "7d")), _writes]
+"""The life of a node's X.509-SVID: ten seconds to a week, as its profile says."""
 
 AuthorityLife = Annotated[timedelta, _reads, AfterValidator(_Bounds("1m", "3650d")), _writes]
 """The life of a signing authority: a minute to ten years."""

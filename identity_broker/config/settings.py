@@ -28,6 +28,7 @@ from pydantic import (
 
 from identity_broker.config.duration import (
     AuthorityLife,
+    NodeLife,
     Retention,
     Seconds,
     ShortLife,
@@ -292,6 +293,10 @@ class OpenBaoSettings(Section):
     timeout: Seconds = Field(
         default=parse_duration("10s"), description="Longest wait for one answer."
     )
+    redirect_hosts: tuple[str, ...] = Field(
+        default=(),
+        description='Other nodes of the cluster, as "host:port", that a redirect may name.',
+    )
     auth: OpenBaoAuth = Field(default=OpenBaoAuth.APPROLE, description="How to log in.")
     token_file: ReadableFile | None = Field(default=None, description='For auth = "token".')
     role_id_file: ReadableFile | None = Field(default=None, description='For auth = "approle".')
@@ -300,7 +305,9 @@ class OpenBaoSettings(Section):
         default=None,
         description='For auth = "approle": a response-wrapping token instead of secret_id_file.',
     )
-    kubernetes_role: str = Field(default="", description='For auth = "kubernetes".')
+    role: str = Field(
+        default="", description='For auth = "kubernetes" or "cert": the role to log in as.'
+    )
     kubernetes_jwt_file: ReadableFile | None = Field(
         default=None, description='For auth = "kubernetes": the service account\'s token.'
     )
@@ -324,8 +331,8 @@ class OpenBaoSettings(Section):
         needed = {
             OpenBaoAuth.TOKEN: ("token_file",),
             OpenBaoAuth.APPROLE: ("role_id_file",),
-            OpenBaoAuth.KUBERNETES: ("kubernetes_role", "kubernetes_jwt_file"),
-            OpenBaoAuth.CERT: ("cert_file", "key_file"),
+            OpenBaoAuth.KUBERNETES: ("role", "kubernetes_jwt_file"),
+            OpenBaoAuth.CERT: ("role", "cert_file", "key_file"),
         }[self.auth]
         for name in needed:
             if not getattr(self, name):
@@ -348,7 +355,7 @@ class SvidSettings(Section):
     jwt_ttl: ShortLife = Field(
         default=parse_duration("5m"), description="JWT-SVID, unless its entry says otherwise."
     )
-    node_ttl: SvidLife = Field(default=parse_duration("1h"), description="A node's own SVID.")
+    node_ttl: NodeLife = Field(default=parse_duration("1h"), description="A node's own SVID.")
     max_x509_ttl: SvidLife = Field(
         default=parse_duration("24h"), description="Longest X.509-SVID an entry may ask for."
     )

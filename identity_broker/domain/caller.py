@@ -51,7 +51,10 @@ class LocalPeer:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A proven caller. `name` is for logs, limits and the audit: a SPIFFE ID, "uid:0", or an address."""
+    """A proven caller.
+
+    `name` is for logs, limits and the audit: a SPIFFE ID, "uid:0", or an address.
+    """
 
     classes: frozenset[CallerClass]
     name: str

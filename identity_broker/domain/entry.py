@@ -19,7 +19,7 @@ from identity_broker.errors import EntryInvalid
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 MIN_TTL = timedelta(seconds=10)
-MAX_X509_TTL = timedelta(days=30)
+MAX_X509_TTL = timedelta(hours=24)  # the profile's own limit
 MAX_JWT_TTL = timedelta(hours=24)
 MAX_SELECTORS = 64
 MAX_DNS_NAMES = 32

@@ -155,12 +155,19 @@ class Authorize:
     """May this node have this credential?"""
 
     def __init__(
-        self, directory: Directory, trust_domain: TrustDomain, ttl: TtlPolicy, clock: Clock
+        self,
+        directory: Directory,
+        trust_domain: TrustDomain,
+        ttl: TtlPolicy,
+        clock: Clock,
+        *,
+        broker_dns_names: tuple[str, ...] = (),
     ) -> None:
         self._directory = directory
         self._trust_domain = trust_domain
         self._ttl = ttl
         self._clock = clock
+        self._broker_dns_names = broker_dns_names
 
     def entry(self, node_id: SpiffeId, entry_id: str) -> Grant:
         """Grant `node_id` the identity of an entry.
@@ -321,5 +328,6 @@ class Authorize:
             node_id=spiffe_id if kind is GrantKind.NODE else None,
             x509_ttl=self._ttl.node,
             jwt_ttl=self._ttl.jwt,
+            dns_names=self._broker_dns_names if kind is GrantKind.BROKER else (),
             supersedes=supersedes,
         )

@@ -155,7 +155,9 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         max_x509=settings.svid.max_x509_ttl,
         max_jwt=settings.svid.max_jwt_ttl,
     )
-    authorize = Authorize(directory, trust_domain, ttl, clock)
+    authorize = Authorize(
+        directory, trust_domain, ttl, clock, broker_dns_names=settings.server.dns_names
+    )
     record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
     issue = Issue(signing, record, clock)
     revoke = Revoke(store, directory, clock, issue.settled)

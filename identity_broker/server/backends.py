@@ -139,6 +139,7 @@ def _session(openbao: OpenBaoSettings, resources: ExitStack) -> VaultSession:
             ca_file=openbao.ca_file,
             client_certificate=certificate,
             timeout=openbao.timeout.total_seconds(),
+            redirect_hosts=frozenset(openbao.redirect_hosts),
         ),
         _auth(openbao),
     )
@@ -158,7 +159,7 @@ def _auth(openbao: OpenBaoSettings) -> AuthMethod:
             wrapped_secret_id_file=openbao.wrapped_secret_id_file,
         )
     if openbao.auth is OpenBaoAuth.KUBERNETES and openbao.kubernetes_jwt_file is not None:
-        return auth.KubernetesAuth(openbao.kubernetes_role, openbao.kubernetes_jwt_file)
+        return auth.KubernetesAuth(openbao.role, openbao.kubernetes_jwt_file)
     if openbao.auth is OpenBaoAuth.CERT:
-        return auth.ClientCertificateAuth(openbao.kubernetes_role)
+        return auth.ClientCertificateAuth(openbao.role)
     raise ConfigError(f"openbao.auth = {openbao.auth.value} lacks its files")

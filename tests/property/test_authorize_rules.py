@@ -59,7 +59,7 @@ def entries(draw: st.DrawFn) -> list[RegistrationEntry]:
                 expires_at=draw(
                     st.sampled_from([None, NOW - timedelta(1), NOW, NOW + timedelta(1)])
                 ),
-                x509_ttl=draw(st.sampled_from([None, timedelta(minutes=1), timedelta(days=3)])),
+                x509_ttl=draw(st.sampled_from([None, timedelta(minutes=1), timedelta(hours=24)])),
             )
         )
     return found

@@ -199,10 +199,10 @@ def test_relative_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     [
         ("server.drain_timeout", "100ms", "5m", "99ms", "5m1ms"),
         ("openbao.timeout", "100ms", "5m", "99ms", "5m1ms"),
-        ("svid.x509_ttl", "10s", "24h", "9s", "31d"),
+        ("svid.x509_ttl", "10s", "24h", "9s", "24h1s"),
         ("svid.jwt_ttl", "1s", "1h", "999ms", "24h1s"),
-        ("svid.node_ttl", "10s", "7d", "9s", "31d"),
-        ("svid.max_x509_ttl", "1h", "30d", "9s", "30d1s"),
+        ("svid.node_ttl", "10s", "6d", "9s", "7d1s"),
+        ("svid.max_x509_ttl", "1h", "24h", "9s", "24h1s"),
         ("svid.max_jwt_ttl", "5m", "24h", "999ms", "24h1s"),
         ("ca.x509_ca_ttl", "1h", "3650d", "59s", "3651d"),
         ("ca.jwt_key_ttl", "5m", "3650d", "59s", "3651d"),
