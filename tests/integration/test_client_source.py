@@ -276,6 +276,27 @@ async def test_a_revoked_peer_is_refused_on_an_open_connection(broker: RunningBr
                 await echo(b"x")
 
 
+async def test_rotation_by_a_real_broker_under_load_fails_no_call(broker: RunningBroker) -> None:
+    brief = {"x509_ttl_seconds": 10}  # the shortest there is
+    async with (
+        joined(broker, "n1", "/web", entry=brief) as web,
+        joined(broker, "n2", "/api", entry=brief) as api,
+        echo_server_aio(api, [WEB]) as address,
+        secure_channel_aio(web, address, peer=API) as channel,
+    ):
+        serials = {web.snapshot().serial, api.snapshot().serial}
+        web.subscribe(lambda snapshot: serials.add(snapshot.serial))
+        api.subscribe(lambda snapshot: serials.add(snapshot.serial))
+        echo = channel.unary_unary(NAMES["unary_unary"])
+        done = 0
+        ends = asyncio.get_running_loop().time() + 6.5
+        while asyncio.get_running_loop().time() < ends:
+            await asyncio.gather(*(echo(b"x", timeout=5) for _ in range(4)))
+            done += 4
+        assert len(serials) == 4  # each side was renewed once, at about half of its life
+        assert done > 100
+
+
 class Stolen:
     """What a thief has: one snapshot, for ever."""
 

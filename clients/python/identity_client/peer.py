@@ -109,6 +109,9 @@ def _read(certificate: x509.Certificate) -> Peer:
         spiffe_id = parse_spiffe_id(uris[0])
     except SettingsInvalid as exc:
         raise PeerRejected("the URI in the peer's certificate is not a SPIFFE ID") from exc
+    if certificate.serial_number <= 0:
+        # It could not be named in a revocation (RFC 5280, section 4.1.2.2).
+        raise PeerRejected("the peer's certificate has no positive serial number")
     if not spiffe_id.path or _may_sign(certificate):
         raise PeerRejected("the peer's certificate is an authority's and names no workload")
     return Peer(
