@@ -1,0 +1,64 @@
+"""`make bench` runs: a small line-up, for seconds. What it measures is not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from support import repository
+
+RUN = repository.ROOT / "tests" / "bench" / "run.py"
+
+
+def run_bench(out: Path, *names: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(RUN), "--out", str(out), "--only", *names],
+        env={**os.environ, "BENCH_QUICK": "1", **({} if path is None else {"PATH": path})},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+def test_measures_the_broker_and_says_how_it_compares(tmp_path: Path) -> None:
+    names = ["x509 single", "x509 batch", "jwt single", "no-op", "ceiling"]
+    if shutil.which("cfssl") is not None:
+        names.append("cfssl")
+    done = run_bench(tmp_path / "results.json", *names, "latency")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+
+    for name in names:
+        assert found["throughput"][name]["median_per_second"] > 0, name
+    ratios = {ratio["name"]: ratio for ratio in found["ratios"]}
+    assert ratios["batch ÷ raw ceiling"]["expected"] == 0.5
+    assert ratios["batch ÷ raw ceiling"]["holds"] in {True, False}
+    assert found["latency_ms"]["x509 single"]["p50"] > 0
+    # Answers were looked at, and nothing was handed out that the ledger does not know.
+    checks = found["checks"]
+    assert checks["answers_verified"] >= 5
+    assert checks["credentials_recorded"] >= checks["credentials_received"] > 0
+    for line in ("broker, X.509, batches of 100", "batch ÷ raw ceiling", "load generator"):
+        assert line in done.stdout
+    # It cleans up: no data, no process.
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    marker = str(tmp_path)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(_command(p))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    return list(process.info["cmdline"] or ())
+
+
+def test_says_that_cfssl_is_missing(tmp_path: Path) -> None:
+    done = run_bench(tmp_path / "results.json", "cfssl", "ceiling", path=os.devnull)
+    assert done.returncode == 0, done.stderr
+    assert "not installed: apt-get install golang-cfssl" in done.stdout
+    assert "cfssl" not in json.loads((tmp_path / "results.json").read_text())["throughput"]
