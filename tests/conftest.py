@@ -42,3 +42,11 @@ settings.register_profile(
     suppress_health_check=_SLOW_IS_FINE,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names a parameter that is key material by its argument.
+
+    Its bytes differ in every process, and pytest-xdist wants the same names in all of them.
+    """
+    return argname if isinstance(val, bytes) and len(val) > 32 else None
