@@ -10,6 +10,8 @@ from identity_broker.errors import PageTokenInvalid
 from identity_broker.store.mapping import audit_from_row, audit_values
 from identity_broker.store.tables import audit_events
 
+_APPEND = insert(audit_events)
+
 
 class AuditRepository:
     """Appends events and reads them back."""
@@ -19,7 +21,7 @@ class AuditRepository:
 
     def append(self, event: AuditEvent) -> None:
         """Append an event."""
-        self._connection.execute(insert(audit_events).values(audit_values(event)))
+        self._connection.execute(_APPEND, audit_values(event))
 
     def page(self, after: str, size: int) -> Page[AuditEvent]:
         """A page, oldest first, beginning behind the key `after` (empty: at the oldest).

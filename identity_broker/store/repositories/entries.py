@@ -13,7 +13,18 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Topic
@@ -33,6 +44,21 @@ from identity_ca.spiffe_id import SpiffeId
 
 _CHUNK = 500
 _STREAM = 2_000
+_NO_SELECTOR = ("", "", "")
+
+# Built once: making a statement anew costs SQLAlchemy more than running it.
+_INSERT = insert(entries)
+_UPDATE = update(entries).where(entries.c.id == bindparam("entry_id"))
+_INSERT_SELECTORS = insert(entry_selectors)
+_SAME = select(entries.c.id, entries.c.identity_key).where(
+    or_(
+        entries.c.id == bindparam("entry_id"),
+        entries.c.identity_key == bindparam("identity"),
+        entries.c.hint_key == bindparam("hint"),  # of an entry without a hint: never
+    )
+)
+_SPELLING = select(spiffe_ids.c.spelling).where(spiffe_ids.c.folded == bindparam("id_folded"))
+_INSERT_SPELLING = insert(spiffe_ids)
 
 
 class EntryRepository:
@@ -60,8 +86,8 @@ class EntryRepository:
         )
         self._refuse_duplicate(entry, new=True)
         self._claim_spelling(entry.spiffe_id)
-        self._connection.execute(insert(entries).values(mapping.entry_values(entry)))
-        self._connection.execute(insert(entry_selectors), mapping.selector_values(entry))
+        self._connection.execute(_INSERT, mapping.entry_values(entry))
+        self._connection.execute(_INSERT_SELECTORS, mapping.selector_values(entry))
         self._outbox.append(Topic.ENTRY, entry.id)
         return entry
 
@@ -95,16 +121,14 @@ class EntryRepository:
         self._refuse_duplicate(entry, new=False)
         if entry.spiffe_id != stored.spiffe_id:
             self._claim_spelling(entry.spiffe_id)
-        self._connection.execute(
-            update(entries).where(entries.c.id == entry.id).values(mapping.entry_values(entry))
-        )
+        self._connection.execute(_UPDATE, {**mapping.entry_values(entry), "entry_id": entry.id})
         if entry.spiffe_id != stored.spiffe_id:
             self._release_spelling(stored.spiffe_id)
         if entry.selectors != stored.selectors:
             self._connection.execute(
                 delete(entry_selectors).where(entry_selectors.c.entry_id == entry.id)
             )
-            self._connection.execute(insert(entry_selectors), mapping.selector_values(entry))
+            self._connection.execute(_INSERT_SELECTORS, mapping.selector_values(entry))
         self._outbox.append(Topic.ENTRY, entry.id)
         return entry
 
@@ -173,12 +197,12 @@ class EntryRepository:
         """
         rows = self._stream(select(entries).order_by(entries.c.id))
         selectors = self._stream(select(entry_selectors).order_by(entry_selectors.c.entry_id))
-        pending = next(selectors, None)
+        entry_id, kind, value = next(selectors, _NO_SELECTOR)
         for row in rows:
             own = []
-            while pending is not None and pending.entry_id == row.id:
-                own.append(mapping.selector_from(pending.type, pending.value))
-                pending = next(selectors, None)
+            while entry_id == row.id:
+                own.append(mapping.selector_from(kind, value))
+                entry_id, kind, value = next(selectors, _NO_SELECTOR)
             yield mapping.entry_from_row(row, own)
 
     # --- reading ------------------------------------------------------------------------------
@@ -203,11 +227,8 @@ class EntryRepository:
 
     def _refuse_duplicate(self, entry: RegistrationEntry, *, new: bool) -> None:
         identity, hint = mapping.identity_key(entry), mapping.hint_key(entry)
-        same = [entries.c.id == entry.id, entries.c.identity_key == identity]
-        if hint is not None:
-            same.append(entries.c.hint_key == hint)
-        query = select(entries.c.id, entries.c.identity_key).where(or_(*same))
-        rows = self._connection.execute(query).all()
+        keys = {"entry_id": entry.id, "identity": identity, "hint": hint}
+        rows = self._connection.execute(_SAME, keys).all()
         same_id = [row for row in rows if row.id == entry.id]
         others = [row for row in rows if row.id != entry.id]
         if new and same_id:
@@ -228,13 +249,11 @@ class EntryRepository:
     def _claim_spelling(self, spiffe_id: SpiffeId) -> None:
         spelling = str(spiffe_id)
         folded = spelling.lower()
-        stored = self._connection.execute(
-            select(spiffe_ids.c.spelling).where(spiffe_ids.c.folded == folded)
-        ).scalar()
+        stored = self._connection.execute(_SPELLING, {"id_folded": folded}).scalar()
         if stored == spelling:
             return
         if stored is None:
-            self._connection.execute(insert(spiffe_ids).values(folded=folded, spelling=spelling))
+            self._connection.execute(_INSERT_SPELLING, {"folded": folded, "spelling": spelling})
             return
         raise SpiffeIdCaseConflict(
             f'"{stored}" is registered already and differs from "{spelling}" by letter case alone'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from identity_broker.domain.events import Topic
 from identity_broker.domain.node import Node
@@ -12,6 +12,9 @@ from identity_broker.store.mapping import node_from_row, node_values
 from identity_broker.store.repositories.outbox import OutboxRepository
 from identity_broker.store.tables import nodes
 from identity_ca.spiffe_id import SpiffeId
+
+_UPDATE = update(nodes).where(nodes.c.spiffe_id == bindparam("node_id"))
+_INSERT = insert(nodes)
 
 
 class NodeRepository:
@@ -24,11 +27,9 @@ class NodeRepository:
     def upsert(self, node: Node) -> None:
         """Store the node as given, whether or not it was known."""
         values = node_values(node)
-        changed = self._connection.execute(
-            update(nodes).where(nodes.c.spiffe_id == values["spiffe_id"]).values(values)
-        )
+        changed = self._connection.execute(_UPDATE, {**values, "node_id": values["spiffe_id"]})
         if not changed.rowcount:
-            self._connection.execute(insert(nodes).values(values))
+            self._connection.execute(_INSERT, values)
         self._outbox.append(Topic.NODE, values["spiffe_id"])
 
     def find(self, node_id: SpiffeId) -> Node | None:

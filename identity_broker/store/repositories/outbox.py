@@ -10,6 +10,8 @@ from identity_broker.domain.events import Change, Topic
 from identity_broker.store.mapping import change_from_row
 from identity_broker.store.tables import outbox
 
+_APPEND = insert(outbox).returning(outbox.c.seq)
+
 
 class OutboxRepository:
     """Appends changes and reads them back.
@@ -24,8 +26,8 @@ class OutboxRepository:
 
     def append(self, topic: Topic, key: str) -> int:
         """Append a change; return its number."""
-        row = insert(outbox).values(topic=topic.value, key=key).returning(outbox.c.seq)
-        self.appended = int(self._connection.execute(row).scalar_one())
+        row = {"topic": topic.value, "key": key}
+        self.appended = int(self._connection.execute(_APPEND, row).scalar_one())
         return self.appended
 
     def append_all(self, topic: Topic, keys: Iterable[str]) -> None:
