@@ -6,10 +6,12 @@
 - `hint` is the next action, as a command where there is one.
 
     BrokerError
-    ├── RequestError          MalformedRequest PageTokenInvalid EntryInvalid InvalidSpiffeId CsrRejected
-    │                         KeyTooWeak PolicyViolation LintFailed AudienceInvalid AttestorUnknown
+    ├── RequestError          MalformedRequest PageTokenInvalid EntryInvalid InvalidSpiffeId
+    │                         CsrRejected KeyTooWeak PolicyViolation LintFailed AudienceInvalid
+    │                         AttestorUnknown
     ├── AuthenticationError   Unauthenticated AttestationFailed JoinTokenRejected ChallengeFailed
-    ├── AuthorizationError    MethodDenied EntryNotAuthorized NodeBanned NodeUnknown CredentialRevoked
+    ├── AuthorizationError    MethodDenied EntryNotAuthorized NodeBanned NodeUnknown
+    │                         CredentialRevoked
     ├── NotFoundError         EntryNotFound NodeNotFound CredentialNotFound AuthorityNotFound
     │                         ServiceNotFound
     ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite
@@ -75,7 +77,7 @@ class BrokerError(Exception):
         super().__init__(self.public if not detail else f"{self.public} ({detail})")
 
 
-# --- the request itself is wrong ------------------------------------------------------------
+# --- the request itself is wrong ---------------------------------------------------------------
 
 
 class RequestError(BrokerError):
@@ -158,7 +160,7 @@ class AttestorUnknown(RequestError):
     default_hint = "idb config show lists the node attestors that are enabled"
 
 
-# --- the caller is not who it must be ---------------------------------------------------------
+# --- the caller is not who it must be ----------------------------------------------------------
 
 
 class AuthenticationError(BrokerError):
@@ -196,7 +198,7 @@ class ChallengeFailed(AuthenticationError):
     sentence = "the answer to the attestation challenge does not verify"
 
 
-# --- the caller may not do that ---------------------------------------------------------------
+# --- the caller may not do that ----------------------------------------------------------------
 
 
 class AuthorizationError(BrokerError):
@@ -243,7 +245,7 @@ class CredentialRevoked(AuthorizationError):
     sentence = "the SVID this call was made with is revoked"
 
 
-# --- it is not there ----------------------------------------------------------------------------
+# --- it is not there ---------------------------------------------------------------------------
 
 
 class NotFoundError(BrokerError):
@@ -292,7 +294,7 @@ class ServiceNotFound(NotFoundError):
     default_hint = "ask for the empty name: the broker as a whole"
 
 
-# --- it clashes with what is there ----------------------------------------------------------------
+# --- it clashes with what is there -------------------------------------------------------------
 
 
 class ConflictError(BrokerError):
@@ -326,7 +328,7 @@ class StaleWrite(ConflictError):
     default_hint = "read it again and repeat the change"
 
 
-# --- too much of it ---------------------------------------------------------------------------------
+# --- too much of it ----------------------------------------------------------------------------
 
 
 class ExhaustedError(BrokerError):
@@ -350,7 +352,7 @@ class WatchLagged(ExhaustedError):
     default_hint = "call again; the stream starts over with the full state"
 
 
-# --- something the broker needs is away -----------------------------------------------------------
+# --- something the broker needs is away --------------------------------------------------------
 
 
 class DependencyError(BrokerError):
@@ -392,7 +394,7 @@ class DeadlineExceeded(BrokerError):
     default_hint = "call again; idb doctor checks every dependency"
 
 
-# --- the rest -----------------------------------------------------------------------------------------
+# --- the rest ----------------------------------------------------------------------------------
 
 
 class ConfigError(BrokerError):

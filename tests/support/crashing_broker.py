@@ -57,28 +57,25 @@ def _crash_at(owner: type, name: str, *, after: bool, count: int) -> None:
         runs += 1
         return runs == count
 
-    if asyncio.iscoroutinefunction(original):
+    async def later(*args: Any, **kwargs: Any) -> Any:
+        now = due()
+        if now and not after:
+            _die()
+        answer = await original(*args, **kwargs)
+        if now:
+            _die()
+        return answer
 
-        async def wrapped(*args: Any, **kwargs: Any) -> Any:
-            now = due()
-            if now and not after:
-                _die()
-            answer = await original(*args, **kwargs)
-            if now:
-                _die()
-            return answer
-    else:
+    def at_once(*args: Any, **kwargs: Any) -> Any:
+        now = due()
+        if now and not after:
+            _die()
+        answer = original(*args, **kwargs)
+        if now:
+            _die()
+        return answer
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            now = due()
-            if now and not after:
-                _die()
-            answer = original(*args, **kwargs)
-            if now:
-                _die()
-            return answer
-
-    setattr(owner, name, wrapped)
+    setattr(owner, name, later if asyncio.iscoroutinefunction(original) else at_once)
 
 
 def _log_signatures(issuer: type, log: int, name_of: Callable[[Any], str]) -> None:

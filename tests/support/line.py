@@ -257,7 +257,8 @@ async def running(settings: Settings, **options: Any) -> AsyncIterator[RunningBr
     broker = asyncio.create_task(
         run_broker(settings, ready=addresses.set_result, stop=stop, **options)
     )
-    await asyncio.wait({broker, addresses}, return_when=asyncio.FIRST_COMPLETED)
+    first: set[asyncio.Future[Any]] = {broker, addresses}
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     if broker.done():
         await broker
     try:

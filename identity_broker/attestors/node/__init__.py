@@ -21,7 +21,10 @@ MAX_PAYLOAD_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the node sent first: the attestor's payload, and the key it wants certified (SPKI, DER)."""
+    """What the node sent first.
+
+    `payload` is the attestor's own; `spki_der` is the key it wants certified.
+    """
 
     payload: bytes
     spki_der: bytes

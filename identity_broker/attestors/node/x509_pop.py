@@ -1,7 +1,7 @@
 """x509_pop: a machine that holds the key of a certificate from a CA you trust.
 
-- The node sends its certificate chain; the broker verifies it to the configured CAs (RFC 5280) and
-  sends a fresh nonce; the node signs it together with its own nonce, the trust domain and the key it
+- The node sends its certificate chain; the broker verifies it to the configured CAs (RFC 5280)
+  and sends a fresh nonce; the node signs it together with its own nonce, the trust domain and the key it
   wants certified. So an answer fits one challenge, one broker and one CSR.
 - The node's half is `identity_client.attestation`; the signed bytes are built by `signed_message`,
   and a test holds the two equal.
@@ -164,8 +164,8 @@ class X509PopAttestor:
     def _node(self, leaf: x509.Certificate, chain: list[x509.Certificate]) -> AttestedNode:
         fingerprint = leaf.fingerprint(hashes.SHA256()).hex()
         values = [f"serial:{leaf.serial_number:x}", f"fingerprint:{fingerprint}"]
-        for attribute in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME):
-            values.append(f"subject:cn:{attribute.value!s}")
+        common_names = leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        values += [f"subject:cn:{attribute.value!s}" for attribute in common_names]
         values += [f"san:dns:{name}" for name in _dns_names(leaf)]
         values += [
             f"ca:fingerprint:{certificate.fingerprint(hashes.SHA256()).hex()}"
