@@ -1,8 +1,8 @@
 """x509_pop: a machine that holds the key of a certificate from a CA you trust.
 
 - The node sends its certificate chain; the broker verifies it to the configured CAs (RFC 5280)
-  and sends a fresh nonce; the node signs it together with its own nonce, the trust domain and the key it
-  wants certified. So an answer fits one challenge, one broker and one CSR.
+  and sends a fresh nonce; the node signs it together with its own nonce, the trust domain and the
+  key it wants certified. So an answer fits one challenge, one broker and one CSR.
 - The node's half is `identity_client.attestation`; the signed bytes are built by `signed_message`,
   and a test holds the two equal.
 
