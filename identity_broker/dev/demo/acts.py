@@ -115,7 +115,6 @@ def with_identities(stage: Stage, api_key: str) -> Cast:
         holds=call["caller"] == ORDERS,
     )
     customers.wait_for("ready")
-    customers.tell(tally=True)
     _worthless(stage, intruder, api_key)
     cast = Cast(orders, customers, intruder, entry_ids["orders"])
     _rotation(stage, cast, inventory)

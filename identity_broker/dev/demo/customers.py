@@ -1,7 +1,7 @@
 """The demonstration's customers: a bounded load on `orders`, and a count of what failed.
 
 - The first line on stdin: {"orders": "host:port", "per_second": 50}.
-- The count starts anew with the command {"tally": true}, which answers with it.
+- The command {"tally": true} is answered with the count since the first order.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ class Shop:
             self._one(number)
 
     def tally(self) -> Message:
-        """What was placed and what failed since the last time."""
+        """What was placed and what failed so far."""
         with self._lock:
-            counted = {"placed": self._placed, "failed": self._failed}
-            self._placed = self._failed = 0
-        return counted
+            return {"placed": self._placed, "failed": self._failed}
 
     def stop(self) -> None:
         """Place no more."""
