@@ -163,7 +163,7 @@ class RotateAuthorities:
 
         await self._store.write(write)
         for event in events:
-            _log.info("authority changed", change=event.kind.value, authority=event.subject)
+            _log.info("authority changed", change=event.kind.value, authority_id=event.subject)
 
     async def _stored(self) -> tuple[list[Authority], int]:
         def read(repos: Repositories) -> tuple[list[Authority], int]:

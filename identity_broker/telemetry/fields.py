@@ -33,7 +33,6 @@ FIELDS: Final = MappingProxyType(
         "node_id": "a node's SPIFFE ID",
         "entry_id": "a registration entry",
         "serial": "serial number or jti",
-        "authority": "a signing authority",
         "authority_id": "a signing authority",
         "key_id": "a signing key's name",
         "kind": "x509 or jwt",

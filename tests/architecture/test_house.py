@@ -24,7 +24,6 @@ LONGEST_MODULE = 500
 LONGER_FOR_A_REASON = {
     "ca/identity_ca/jwt.py": "making and checking a JWT-SVID follow one document, clause by clause",
     "identity_broker/config/settings.py": "one table of every setting, a class a section",
-    "identity_broker/server/rpc/convert.py": "a function a message; none needs another's context",
     "identity_broker/server/rpc/pipeline.py": "the order of a call's steps is its subject",
 }
 

@@ -17,7 +17,11 @@ from identity_broker.domain import names
 from identity_broker.domain.entry import UPDATABLE_FIELDS, RegistrationEntry
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import BrokerError, Kind
-from identity_broker.server.rpc import convert
+from identity_broker.server.rpc.convert import credentials as convert_credential
+from identity_broker.server.rpc.convert import entries as convert_entry
+from identity_broker.server.rpc.convert import nodes as convert_node
+from identity_broker.server.rpc.convert import scalars
+from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 DOMAIN = TrustDomain.parse("example.org")
@@ -83,11 +87,11 @@ def _refused_well(error: BrokerError) -> None:
 @given(message=ENTRIES)
 def test_an_entry_is_stored_as_sent_or_refused(message: types_pb2.RegistrationEntry) -> None:
     try:
-        entry = convert.from_entry(message, message.id or "chosen")
+        entry = convert_entry.from_entry(message, message.id or "chosen")
     except BrokerError as error:
         _refused_well(error)
         return
-    assert convert.from_entry(convert.to_entry(entry), entry.id) == entry
+    assert convert_entry.from_entry(convert_entry.to_entry(entry), entry.id) == entry
     assert not names.is_reserved(entry.spiffe_id)
     assert ".." not in entry.spiffe_id.path.split("/")
 
@@ -97,39 +101,39 @@ def test_an_update_changes_the_named_fields_alone(
     message: types_pb2.RegistrationEntry, fields: list[str]
 ) -> None:
     try:
-        changed = convert.from_update(STORED, message, fields)
+        changed = convert_entry.from_update(STORED, message, fields)
     except BrokerError as error:
         _refused_well(error)
         return
-    before, after = convert.to_entry(STORED), convert.to_entry(changed)
+    before, after = convert_entry.to_entry(STORED), convert_entry.to_entry(changed)
     for field in types_pb2.RegistrationEntry.DESCRIPTOR.fields_by_name:
         if field not in fields:
             assert getattr(before, field) == getattr(after, field), field
 
 
 PARSERS: list[tuple[type[Message], Callable[[Any], object]]] = [
-    (entry_pb2.ListEntriesRequest, convert.from_entry_filter),
-    (node_pb2.ListNodesRequest, convert.from_node_filter),
-    (credential_pb2.ListCredentialsRequest, convert.from_credential_filter),
-    (types_pb2.RegistrationEntry, lambda message: convert.from_entry(message, "id")),
+    (entry_pb2.ListEntriesRequest, convert_entry.from_entry_filter),
+    (node_pb2.ListNodesRequest, convert_node.from_node_filter),
+    (credential_pb2.ListCredentialsRequest, convert_credential.from_credential_filter),
+    (types_pb2.RegistrationEntry, lambda message: convert_entry.from_entry(message, "id")),
     (
         entry_pb2.BatchUpdateEntryRequest.Item,
-        lambda item: convert.from_update(STORED, item.entry, item.fields),
+        lambda item: convert_entry.from_update(STORED, item.entry, item.fields),
     ),
-    (entry_pb2.ListEntriesRequest, lambda message: convert.from_page_token(message.page_token)),
-    (entry_pb2.ListEntriesRequest, lambda message: convert.from_page_size(message.page_size)),
-    (credential_pb2.RevokeCredentialRequest, lambda m: convert.from_reason(m.reason)),
-    (credential_pb2.RevokeCredentialRequest, lambda m: convert.from_text(m.comment, "comment")),
+    (entry_pb2.ListEntriesRequest, lambda message: scalars.from_page_token(message.page_token)),
+    (entry_pb2.ListEntriesRequest, lambda message: scalars.from_page_size(message.page_size)),
+    (credential_pb2.RevokeCredentialRequest, lambda m: convert_credential.from_reason(m.reason)),
+    (credential_pb2.RevokeCredentialRequest, lambda m: scalars.from_text(m.comment, "comment")),
     (
         credential_pb2.RevokeCredentialRequest,
-        lambda m: convert.from_spiffe_id(m.spiffe_id, "spiffe_id"),
+        lambda m: scalars.from_spiffe_id(m.spiffe_id, "spiffe_id"),
     ),
     (
         node_pb2.CreateJoinTokenRequest,
-        lambda m: convert.from_seconds(m.ttl_seconds, "ttl_seconds"),
+        lambda m: scalars.from_seconds(m.ttl_seconds, "ttl_seconds"),
     ),
-    (types_pb2.RegistrationEntry, lambda m: convert.from_epoch(m.expires_at, "expires_at")),
-    (types_pb2.JwtSvid, lambda m: convert.from_authority_kind(m.issued_at)),
+    (types_pb2.RegistrationEntry, lambda m: scalars.from_epoch(m.expires_at, "expires_at")),
+    (types_pb2.JwtSvid, lambda m: convert_trust.from_authority_kind(m.issued_at)),
 ]
 
 
@@ -150,13 +154,13 @@ def test_arbitrary_bytes_are_a_value_or_a_refusal(
 
 @given(key=st.text(st.characters(exclude_characters="\x00", codec="utf-8"), max_size=80))
 def test_a_page_token_comes_back_as_it_went(key: str) -> None:
-    assert convert.from_page_token(convert.to_page_token(key)) == key
+    assert scalars.from_page_token(scalars.to_page_token(key)) == key
 
 
 @given(token=st.text(max_size=60))
 def test_a_made_up_page_token_is_refused(token: str) -> None:
     try:
-        convert.from_page_token(token)
+        scalars.from_page_token(token)
     except BrokerError as error:
         _refused_well(error)
 
@@ -175,4 +179,4 @@ def test_times_and_labels_survive_the_wire(seconds: int, labels: dict[str, str])
         labels=MappingProxyType(labels),
         x509_ttl=timedelta(seconds=10 + seconds % 1000),
     )
-    assert convert.from_entry(convert.to_entry(entry), "e") == entry
+    assert convert_entry.from_entry(convert_entry.to_entry(entry), "e") == entry

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from identity_api.broker.v1 import authority_pb2 as pb
 from identity_broker.errors import AuthorityNotFound, MalformedRequest
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.signing import Signing
 
@@ -27,11 +27,11 @@ class AuthorityService:
         self, request: pb.ListAuthoritiesRequest, _call: Call
     ) -> pb.ListAuthoritiesResponse:
         """Return the authorities, X.509 first, newest first."""
-        kind = convert.from_authority_kind(request.kind)
+        kind = convert_trust.from_authority_kind(request.kind)
         now = self._signing.authorities
         return pb.ListAuthoritiesResponse(
             authorities=[
-                convert.to_authority(authority)
+                convert_trust.to_authority(authority)
                 for authorities in (now.x509_set, now.jwt_set)
                 if kind is None or authorities.kind is kind
                 for authority in sorted(authorities, key=lambda a: a.created_at, reverse=True)
@@ -45,5 +45,5 @@ class AuthorityService:
         now = self._signing.authorities
         for authority in (*now.x509_set, *now.jwt_set):
             if authority.id == request.id:
-                return pb.ShowAuthorityResponse(authority=convert.to_authority(authority))
+                return pb.ShowAuthorityResponse(authority=convert_trust.to_authority(authority))
         raise AuthorityNotFound

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from identity_api.broker.v1 import bundle_pb2 as pb
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.watch import subscription
 from identity_broker.signing import Signing
@@ -35,13 +35,13 @@ class BundleService:
 
     async def get(self, _request: pb.GetBundleRequest, _call: Call) -> pb.GetBundleResponse:
         """Return the bundle."""
-        return pb.GetBundleResponse(bundle=convert.to_bundle(self._signing.bundle))
+        return pb.GetBundleResponse(bundle=convert_trust.to_bundle(self._signing.bundle))
 
     async def watch(
         self, _request: pb.WatchBundleRequest, call: Call
     ) -> AsyncIterator[pb.WatchBundleResponse]:
         """Send the bundle at once and again whenever it changes."""
         with subscription(self._listen, call.stopping) as watcher:
-            yield pb.WatchBundleResponse(bundle=convert.to_bundle(self._signing.bundle))
+            yield pb.WatchBundleResponse(bundle=convert_trust.to_bundle(self._signing.bundle))
             async for bundle in watcher.items():
-                yield pb.WatchBundleResponse(bundle=convert.to_bundle(bundle))
+                yield pb.WatchBundleResponse(bundle=convert_trust.to_bundle(bundle))

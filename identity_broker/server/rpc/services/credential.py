@@ -8,8 +8,9 @@ from identity_api.broker.v1 import credential_pb2 as pb
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.revoke import Revoke
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import credentials as convert_credential
+from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.watch import subscription
 from identity_broker.store import Store
@@ -39,15 +40,15 @@ class CredentialService:
         self, request: pb.ListCredentialsRequest, _call: Call
     ) -> pb.ListCredentialsResponse:
         """Return a page of credentials, newest first."""
-        wanted = convert.from_credential_filter(request)
-        before = convert.from_page_token(request.page_token)
-        size = convert.from_page_size(request.page_size)
+        wanted = convert_credential.from_credential_filter(request)
+        before = scalars.from_page_token(request.page_token)
+        size = scalars.from_page_size(request.page_size)
         # What this broker has issued but not yet concluded is part of the answer.
         await self._store.ledger.flush()
         page = await self._store.read(lambda repos: repos.credentials.page(wanted, before, size))
         return pb.ListCredentialsResponse(
-            credentials=[convert.to_credential(item) for item in page.items],
-            next_page_token=convert.to_page_token(page.next_key),
+            credentials=[convert_credential.to_credential(item) for item in page.items],
+            next_page_token=scalars.to_page_token(page.next_key),
         )
 
     async def get(self, request: pb.GetCredentialRequest, _call: Call) -> pb.GetCredentialResponse:
@@ -56,20 +57,20 @@ class CredentialService:
             raise MalformedRequest("id is required")
         await self._store.ledger.flush()
         credential = await self._store.read(lambda repos: repos.credentials.get(request.id))
-        return pb.GetCredentialResponse(credential=convert.to_credential(credential))
+        return pb.GetCredentialResponse(credential=convert_credential.to_credential(credential))
 
     async def revoke(
         self, request: pb.RevokeCredentialRequest, call: Call
     ) -> pb.RevokeCredentialResponse:
         """Revoke one credential, or all of a SPIFFE ID."""
-        reason = convert.from_reason(request.reason)
-        comment = convert.from_text(request.comment, "comment")
+        reason = convert_credential.from_reason(request.reason)
+        comment = scalars.from_text(request.comment, "comment")
         subject = request.WhichOneof("subject")
         if subject == "id" and request.id:
             revoked = await self._revoke.credential(request.id, reason, comment, call.caller)
         elif subject == "spiffe_id":
             revoked = await self._revoke.identity(
-                convert.from_spiffe_id(request.spiffe_id, "spiffe_id"),
+                scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"),
                 reason,
                 comment,
                 call.caller,
@@ -93,13 +94,17 @@ class CredentialService:
             for at in range(0, len(known), _CHUNK):
                 yield pb.WatchRevocationsResponse(
                     revision=seq,
-                    revocations=[convert.to_revocation(item) for item in known[at : at + _CHUNK]],
+                    revocations=[
+                        convert_credential.to_revocation(item) for item in known[at : at + _CHUNK]
+                    ],
                 )
             yield pb.WatchRevocationsResponse(revision=seq, synced=True)
             async for update in watcher.items():
                 if update.revocations:
                     yield pb.WatchRevocationsResponse(
                         revision=update.seq,
-                        revocations=[convert.to_revocation(item) for item in update.revocations],
+                        revocations=[
+                            convert_credential.to_revocation(item) for item in update.revocations
+                        ],
                         synced=True,
                     )

@@ -16,8 +16,9 @@ from identity_broker.errors import (
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.directory import Directory, Update
 from identity_broker.registry.entries import Entries, new_entry_id
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import entries as convert_entry
+from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.services.svid import calling_node
 from identity_broker.server.rpc.status import item_status
@@ -53,7 +54,7 @@ class EntryService:
         self, request: pb.BatchCreateEntryRequest, call: Call
     ) -> pb.BatchCreateEntryResponse:
         """Create entries, each with its own status."""
-        convert.from_batch(request.entries, "entries")
+        scalars.from_batch(request.entries, "entries")
         parsed = [_parsed(item) for item in request.entries]
         good = [entry for entry in parsed if isinstance(entry, RegistrationEntry)]
         created = iter(await self._entries.create(good, call.caller) if good else ())
@@ -67,7 +68,7 @@ class EntryService:
         self, request: pb.BatchUpdateEntryRequest, call: Call
     ) -> pb.BatchUpdateEntryResponse:
         """Change entries, each with its own status."""
-        convert.from_batch(request.items, "items")
+        scalars.from_batch(request.items, "items")
         changes = [(item.entry.id, item.entry.revision, _change(item)) for item in request.items]
         results = await self._entries.update(changes, call.caller)
         return pb.BatchUpdateEntryResponse(results=[_result(item) for item in results])
@@ -76,7 +77,7 @@ class EntryService:
         self, request: pb.BatchDeleteEntryRequest, call: Call
     ) -> pb.BatchDeleteEntryResponse:
         """Delete entries, each with its own status."""
-        convert.from_batch(request.ids, "ids")
+        scalars.from_batch(request.ids, "ids")
         results = await self._entries.delete(list(request.ids), call.caller)
         return pb.BatchDeleteEntryResponse(
             results=[
@@ -92,18 +93,20 @@ class EntryService:
         """Return one entry."""
         if not request.id:
             raise MalformedRequest("id is required")
-        return pb.GetEntryResponse(entry=convert.to_entry(await self._entries.get(request.id)))
+        return pb.GetEntryResponse(
+            entry=convert_entry.to_entry(await self._entries.get(request.id))
+        )
 
     async def list(self, request: pb.ListEntriesRequest, _call: Call) -> pb.ListEntriesResponse:
         """Return a page of entries."""
         page = await self._entries.page(
-            convert.from_entry_filter(request),
-            convert.from_page_token(request.page_token),
-            convert.from_page_size(request.page_size),
+            convert_entry.from_entry_filter(request),
+            scalars.from_page_token(request.page_token),
+            scalars.from_page_size(request.page_size),
         )
         return pb.ListEntriesResponse(
-            entries=[convert.to_entry(entry) for entry in page.items],
-            next_page_token=convert.to_page_token(page.next_key),
+            entries=[convert_entry.to_entry(entry) for entry in page.items],
+            next_page_token=scalars.to_page_token(page.next_key),
         )
 
     async def watch(
@@ -116,7 +119,7 @@ class EntryService:
             for at in range(0, len(entries), _CHUNK):
                 yield pb.WatchEntriesResponse(
                     revision=seq,
-                    changed=[convert.to_entry(entry) for entry in entries[at : at + _CHUNK]],
+                    changed=[convert_entry.to_entry(entry) for entry in entries[at : at + _CHUNK]],
                 )
             yield pb.WatchEntriesResponse(revision=seq, synced=True)
             async for update in watcher.items():
@@ -129,19 +132,20 @@ class EntryService:
         """Return the entries the calling node may ask SVIDs for."""
         entries = self._authorize.entries(calling_node(call))
         return pb.ListAuthorizedResponse(
-            entries=[convert.to_entry(entry) for entry in entries], revision=self._directory.seq
+            entries=[convert_entry.to_entry(entry) for entry in entries],
+            revision=self._directory.seq,
         )
 
     async def explain(self, request: pb.ExplainRequest, _call: Call) -> pb.ExplainResponse:
         """Say why entries would or would not be issued to a node."""
-        node_id = convert.from_spiffe_id(request.node_id, "node_id")
+        node_id = scalars.from_spiffe_id(request.node_id, "node_id")
         if bool(request.entry_id) == bool(request.spiffe_id):
             raise MalformedRequest("name either entry_id or spiffe_id")
         if request.entry_id:
             entry = self._directory.entry(request.entry_id)
             entries = [entry] if entry else []
         else:
-            wanted = convert.from_spiffe_id(request.spiffe_id, "spiffe_id")
+            wanted = scalars.from_spiffe_id(request.spiffe_id, "spiffe_id")
             entries = [item for item in self._directory.entries() if item.spiffe_id == wanted]
         if not entries:
             raise EntryNotFound(
@@ -152,16 +156,16 @@ class EntryService:
         for entry in sorted(entries, key=lambda item: item.id):
             checks = self._authorize.explain(entry, node, node_id)
             response.explanations.add(
-                entry=convert.to_entry(entry),
+                entry=convert_entry.to_entry(entry),
                 authorized=all(check.held for check in checks),
-                checks=[convert.to_check(check) for check in checks],
+                checks=[convert_entry.to_check(check) for check in checks],
             )
         return response
 
 
 def _parsed(message: types_pb2.RegistrationEntry) -> RegistrationEntry | BrokerError:
     try:
-        return convert.from_entry(message, message.id or new_entry_id())
+        return convert_entry.from_entry(message, message.id or new_entry_id())
     except BrokerError as error:
         return error
 
@@ -169,23 +173,23 @@ def _parsed(message: types_pb2.RegistrationEntry) -> RegistrationEntry | BrokerE
 def _change(
     item: pb.BatchUpdateEntryRequest.Item,
 ) -> Callable[[RegistrationEntry], RegistrationEntry]:
-    return lambda stored: convert.from_update(stored, item.entry, item.fields)
+    return lambda stored: convert_entry.from_update(stored, item.entry, item.fields)
 
 
 def _result(result: RegistrationEntry | BrokerError) -> pb.EntryResult:
     if not isinstance(result, BrokerError):
-        return pb.EntryResult(status=_OK, entry=convert.to_entry(result))
+        return pb.EntryResult(status=_OK, entry=convert_entry.to_entry(result))
     stored = result.fields.get("entry") if isinstance(result, EntryExists) else None
     message = pb.EntryResult(status=item_status(result))
     if isinstance(stored, RegistrationEntry):
-        message.entry.CopyFrom(convert.to_entry(stored))
+        message.entry.CopyFrom(convert_entry.to_entry(stored))
     return message
 
 
 def _changed(update: Update) -> pb.WatchEntriesResponse:
     return pb.WatchEntriesResponse(
         revision=update.seq,
-        changed=[convert.to_entry(entry) for entry in update.changed_entries],
+        changed=[convert_entry.to_entry(entry) for entry in update.changed_entries],
         deleted_ids=update.deleted_entry_ids,
         synced=True,
     )

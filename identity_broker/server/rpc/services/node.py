@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from identity_api.broker.v1 import node_pb2 as pb
 from identity_broker.registry.nodes import Nodes
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import nodes as convert_node
+from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.pipeline import ServiceFunction
 
 
@@ -31,33 +32,33 @@ class NodeService:
     async def list(self, request: pb.ListNodesRequest, _call: Call) -> pb.ListNodesResponse:
         """Return a page of nodes."""
         page = await self._nodes.page(
-            convert.from_node_filter(request),
-            convert.from_page_token(request.page_token),
-            convert.from_page_size(request.page_size),
+            convert_node.from_node_filter(request),
+            scalars.from_page_token(request.page_token),
+            scalars.from_page_size(request.page_size),
         )
         return pb.ListNodesResponse(
-            nodes=[convert.to_node(node) for node in page.items],
-            next_page_token=convert.to_page_token(page.next_key),
+            nodes=[convert_node.to_node(node) for node in page.items],
+            next_page_token=scalars.to_page_token(page.next_key),
         )
 
     async def get(self, request: pb.GetNodeRequest, _call: Call) -> pb.GetNodeResponse:
         """Return one node."""
-        node = await self._nodes.get(convert.from_spiffe_id(request.spiffe_id, "spiffe_id"))
-        return pb.GetNodeResponse(node=convert.to_node(node))
+        node = await self._nodes.get(scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"))
+        return pb.GetNodeResponse(node=convert_node.to_node(node))
 
     async def ban(self, request: pb.BanNodeRequest, call: Call) -> pb.BanNodeResponse:
         """Refuse a node from now on."""
         node, revoked = await self._nodes.ban(
-            convert.from_spiffe_id(request.spiffe_id, "spiffe_id"),
-            convert.from_text(request.reason, "reason"),
+            scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"),
+            scalars.from_text(request.reason, "reason"),
             call.caller,
         )
-        return pb.BanNodeResponse(node=convert.to_node(node), revoked=revoked)
+        return pb.BanNodeResponse(node=convert_node.to_node(node), revoked=revoked)
 
     async def evict(self, request: pb.EvictNodeRequest, call: Call) -> pb.EvictNodeResponse:
         """Forget a node."""
         revoked = await self._nodes.evict(
-            convert.from_spiffe_id(request.spiffe_id, "spiffe_id"), call.caller
+            scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"), call.caller
         )
         return pb.EvictNodeResponse(revoked=revoked)
 
@@ -66,12 +67,12 @@ class NodeService:
     ) -> pb.CreateJoinTokenResponse:
         """Make a token that attests one node once."""
         secret, token = await self._nodes.create_join_token(
-            convert.from_seconds(request.ttl_seconds, "ttl_seconds"),
+            scalars.from_seconds(request.ttl_seconds, "ttl_seconds"),
             request.node_name,
             call.caller,
         )
         return pb.CreateJoinTokenResponse(
             token=secret,
-            expires_at=convert.to_epoch(token.expires_at),
+            expires_at=scalars.to_epoch(token.expires_at),
             node_id=str(token.node_id),
         )

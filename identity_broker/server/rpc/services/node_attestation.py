@@ -9,8 +9,9 @@ from identity_api.broker.v1 import node_attestation_pb2 as pb
 from identity_broker.errors import BrokerError, ChallengeFailed, MalformedRequest
 from identity_broker.lifecycle.attest import Admission, Attest
 from identity_broker.lifecycle.rotate import RotateNode
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import credentials as convert_credential
+from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.signing import Signing
 from identity_broker.telemetry.metrics import Metrics
@@ -85,13 +86,13 @@ class NodeAttestationService:
     async def renew(self, request: pb.RenewRequest, call: Call) -> pb.RenewResponse:
         """Issue the calling node its next SVID."""
         credential = await self._rotate.renew(call.caller, request.csr, call.correlation_id)
-        return pb.RenewResponse(svid=convert.to_x509_svid(credential))
+        return pb.RenewResponse(svid=convert_credential.to_x509_svid(credential))
 
     def _result(self, admission: Admission) -> pb.AttestResponse:
         return pb.AttestResponse(
             result=pb.AttestResponse.Result(
-                svid=convert.to_x509_svid(admission.credential),
-                bundle=convert.to_bundle(self._signing.bundle),
+                svid=convert_credential.to_x509_svid(admission.credential),
+                bundle=convert_trust.to_bundle(self._signing.bundle),
                 reattestable=admission.node.reattestable,
             )
         )

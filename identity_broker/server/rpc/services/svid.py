@@ -10,8 +10,9 @@ from identity_broker.domain.grant import Grant
 from identity_broker.errors import BrokerError, Unauthenticated
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.issue import Issue, JwtOrder, X509Order
-from identity_broker.server.rpc import convert
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import credentials as convert_credential
+from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.status import item_status
 from identity_broker.telemetry.metrics import Metrics
@@ -43,7 +44,7 @@ class SvidService:
         self, request: svid_pb2.BatchIssueX509Request, call: Call
     ) -> svid_pb2.BatchIssueX509Response:
         """Issue X.509-SVIDs, each with its own status."""
-        convert.from_batch(request.items, "items")
+        scalars.from_batch(request.items, "items")
         node_id = calling_node(call)
         planned: list[X509Order | BrokerError] = []
         for item in request.items:
@@ -57,7 +58,7 @@ class SvidService:
                 answer.status.CopyFrom(self._refused("x509", order, result))
             else:
                 answer.status.CopyFrom(_OK)
-                convert.fill_x509_svid(answer.svid, result, order.grant.hint)
+                convert_credential.fill_x509_svid(answer.svid, result, order.grant.hint)
         self._count("x509", results)
         return response
 
@@ -65,7 +66,7 @@ class SvidService:
         self, request: svid_pb2.BatchIssueJwtRequest, call: Call
     ) -> svid_pb2.BatchIssueJwtResponse:
         """Issue JWT-SVIDs, each with its own status."""
-        convert.from_batch(request.items, "items")
+        scalars.from_batch(request.items, "items")
         node_id = calling_node(call)
         planned: list[JwtOrder | BrokerError] = []
         for item in request.items:
@@ -81,7 +82,7 @@ class SvidService:
                 answer.status.CopyFrom(self._refused("jwt", order, result))
             else:
                 answer.status.CopyFrom(_OK)
-                convert.fill_jwt_svid(answer.svid, result, order.grant.hint)
+                convert_credential.fill_jwt_svid(answer.svid, result, order.grant.hint)
         self._count("jwt", results)
         return response
 

@@ -1,0 +1,131 @@
+"""IDs, texts, times, durations, batches and pages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from identity_broker.domain.paging import (
+    DEFAULT_PAGE_SIZE,
+    MAX_PAGE_SIZE,
+)
+from identity_broker.errors import (
+    InvalidSpiffeId,
+    MalformedRequest,
+    PageTokenInvalid,
+)
+from identity_ca.errors import SpiffeIdError
+from identity_ca.spiffe_id import SpiffeId
+
+_MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z: the last time X.509 can write
+MAX_BATCH = 500
+MAX_TEXT_BYTES = 512
+
+
+def from_spiffe_id(text: str, field: str) -> SpiffeId:
+    """Parse a required SPIFFE ID.
+
+    Raises:
+        MalformedRequest: it is missing.
+        InvalidSpiffeId: it is not one.
+    """
+    if not text:
+        raise MalformedRequest(f"{field} is required")
+    try:
+        return SpiffeId.parse(text)
+    except SpiffeIdError as error:
+        raise InvalidSpiffeId(f"{field}: {error.message}", hint=error.hint) from error
+
+
+def from_optional_spiffe_id(text: str, field: str) -> SpiffeId | None:
+    """Parse an optional SPIFFE ID.
+
+    Raises:
+        InvalidSpiffeId: it is not one.
+    """
+    return from_spiffe_id(text, field) if text else None
+
+
+def from_text(text: str, field: str, most: int = MAX_TEXT_BYTES) -> str:
+    """Check free text.
+
+    Raises:
+        MalformedRequest: too long or unprintable.
+    """
+    if len(text.encode()) > most or (text and not text.isprintable()):
+        raise MalformedRequest(f"{field} is printable text of at most {most} bytes")
+    return text
+
+
+def from_seconds(seconds: int, field: str) -> timedelta | None:
+    """Parse a duration; 0 is None.
+
+    Raises:
+        MalformedRequest: negative.
+    """
+    if seconds < 0:
+        raise MalformedRequest(f"{field} must not be negative")
+    return timedelta(seconds=seconds) if seconds else None
+
+
+def from_epoch(seconds: int, field: str) -> datetime | None:
+    """Parse a time; 0 is None.
+
+    Raises:
+        MalformedRequest: outside the years 1970 to 9999.
+    """
+    if not 0 <= seconds <= _MAX_EPOCH:
+        raise MalformedRequest(f"{field} is outside the years 1970 to 9999")
+    return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def to_epoch(at: datetime | None) -> int:
+    """Seconds since the epoch; None is 0."""
+    return int(at.timestamp()) if at else 0
+
+
+def from_batch(items: Sequence[object], field: str) -> None:
+    """Check the size of a batch.
+
+    Raises:
+        MalformedRequest: empty or too large.
+    """
+    if not 1 <= len(items) <= MAX_BATCH:
+        raise MalformedRequest(f"{field} must hold 1 to {MAX_BATCH} items")
+
+
+def from_page_size(size: int) -> int:
+    """Return the page size to use.
+
+    Raises:
+        MalformedRequest: negative or too large.
+    """
+    if not 0 <= size <= MAX_PAGE_SIZE:
+        raise MalformedRequest(f"page_size must be between 1 and {MAX_PAGE_SIZE}")
+    return size or DEFAULT_PAGE_SIZE
+
+
+def to_page_token(key: str) -> str:
+    """Wrap a keyset position so that nobody builds on its form."""
+    return base64.urlsafe_b64encode(b"1:" + key.encode()).decode() if key else ""
+
+
+def from_page_token(token: str) -> str:
+    """Unwrap a keyset position.
+
+    Raises:
+        PageTokenInvalid: not one of ours.
+    """
+    if not token:
+        return ""
+    try:
+        raw = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True)
+        text = raw.decode()
+    except (ValueError, binascii.Error) as error:
+        raise PageTokenInvalid from error
+    version, _, key = text.partition(":")
+    if version != "1" or not key or "\x00" in key:
+        raise PageTokenInvalid
+    return key
