@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.events import AuditEvent, AuditKind
-from identity_broker.errors import NodeBanned
+from identity_broker.errors import NodeBanned, StaleWrite
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
@@ -86,7 +86,7 @@ class RotateAuthorities:
         """Do what is due now; return whether anything changed.
 
         Raises:
-            StoreUnavailable, SigningBackendUnavailable: nothing was lost; run again later.
+            StoreUnavailable, SigningBackendUnavailable, StaleWrite: nothing was lost; run again.
         """
         changed = False
         for kind in AuthorityKind:
@@ -157,6 +157,8 @@ class RotateAuthorities:
         ]
 
         def write(repos: Repositories) -> None:
+            if _set_of(after.kind, repos.authorities.all()) != before:
+                raise StaleWrite("another broker changed the authorities in this moment")
             repos.authorities.replace_all(after.kind, list(after))
             for event in events:
                 repos.audit.append(event)
