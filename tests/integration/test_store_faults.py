@@ -171,7 +171,7 @@ async def test_a_locked_sqlite_is_unavailable_and_recovers(
     assert await listed(sqlite_store) == {one.id}
 
 
-async def test_a_full_disk_refuses_intents_and_keeps_outcomes(sqlite_store: Store) -> None:
+async def test_a_full_disk_refuses_intents(sqlite_store: Store) -> None:
     one = intent()
     await sqlite_store.ledger.intend([one])
 
@@ -188,29 +188,38 @@ async def test_a_full_disk_refuses_intents_and_keeps_outcomes(sqlite_store: Stor
             batch = [intent() for _ in range(50)]
             await sqlite_store.ledger.intend(batch)
             acknowledged |= {each.id for each in batch}
-    sqlite_store.ledger.conclude([issued(one)])
     assert await listed(sqlite_store) == acknowledged
 
     event.remove(sqlite_store._database.engine, "connect", limit)
     sqlite_store._database.engine.dispose()
-    await sqlite_store.ledger.flush()
-    found = await sqlite_store.read(lambda r: r.credentials.get(one.id))
-    assert found.state is CredentialState.ISSUED
+    await sqlite_store.ledger.intend([intent()])
 
 
-async def test_a_read_only_sqlite_is_not_ready(sqlite_store: Store) -> None:
+async def test_a_read_only_sqlite_refuses_intents_and_outcomes_outlive_it(
+    sqlite_store: Store,
+) -> None:
+    one = intent()
+    await sqlite_store.ledger.intend([one])
+
     def freeze(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute("PRAGMA query_only = ON")
 
     event.listen(sqlite_store._database.engine, "connect", freeze)
     sqlite_store._database.engine.dispose()
+    sqlite_store.ledger._disconnect()
+    sqlite_store.ledger.conclude([issued(one)])
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await sqlite_store.ledger.flush()
     with pytest.raises(StoreUnavailable):
         await sqlite_store.ledger.intend([intent()])
     with pytest.raises(StoreUnavailable, match="readonly"):
         await sqlite_store.write(lambda r: r.nodes.upsert(node()))
     event.remove(sqlite_store._database.engine, "connect", freeze)
     sqlite_store._database.engine.dispose()
-    await sqlite_store.ledger.intend([intent()])
+    await sqlite_store.ledger.flush()
+    found = await sqlite_store.read(lambda r: r.credentials.get(one.id))
+    assert found.state is CredentialState.ISSUED
 
 
 async def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
