@@ -397,6 +397,18 @@ class AttestorSettings(Section):
     x509_pop: X509PopSettings = Field(
         default_factory=X509PopSettings, description="Existing certificates."
     )
+    plugins: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Attestors of other packages: name → the plugin's own settings.",
+    )
+
+    def conflicts(self) -> Mapping[str, str]:
+        """See `Section.conflicts`."""
+        return {
+            f"plugins.{name}": f"is built in; use attestors.{name}"
+            for name in ("join_token", "x509_pop")
+            if name in self.plugins
+        }
 
 
 class LedgerSettings(Section):

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from identity_broker.attestors.node import NodeAttestor
-from identity_broker.attestors.node.join_token import JoinTokenAttestor
-from identity_broker.attestors.node.x509_pop import X509PopAttestor
+from identity_broker.attestors.node.plugins import AttestorContext, build_attestor
 from identity_broker.config.settings import (
     KeyManagerKind,
     OpenBaoAuth,
@@ -66,21 +66,22 @@ def build_attestors(settings: Settings, store: Store, clock: Clock) -> dict[str,
     Raises:
         ConfigError: the settings name something that cannot be used.
     """
-    attestors: list[NodeAttestor] = []
+
+    async def consume(token_hash: str) -> JoinToken:
+        now = clock.now()
+        return await store.write(lambda repos: repos.join_tokens.consume(token_hash, now))
+
+    async def release(token_hash: str) -> None:
+        await store.write(lambda repos: repos.join_tokens.release(token_hash))
+
+    context = AttestorContext(settings.server.trust_domain, clock, consume, release)
+    enabled: dict[str, Mapping[str, Any]] = dict(settings.attestors.plugins)
     if settings.attestors.join_token.enabled:
-
-        async def consume(token_hash: str) -> JoinToken:
-            now = clock.now()
-            return await store.write(lambda repos: repos.join_tokens.consume(token_hash, now))
-
-        async def release(token_hash: str) -> None:
-            await store.write(lambda repos: repos.join_tokens.release(token_hash))
-
-        attestors.append(JoinTokenAttestor(consume, release))
+        enabled["join_token"] = {}
     ca_bundle = settings.attestors.x509_pop.ca_bundle_file
     if ca_bundle is not None:
-        attestors.append(X509PopAttestor.from_file(settings.server.trust_domain, ca_bundle, clock))
-    return {attestor.name: attestor for attestor in attestors}
+        enabled["x509_pop"] = {"ca_bundle_file": ca_bundle}
+    return {name: build_attestor(name, context, table) for name, table in enabled.items()}
 
 
 def _key_manager(settings: Settings, session: VaultSession | None) -> KeyManager:

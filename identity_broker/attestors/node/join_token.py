@@ -12,8 +12,10 @@ import hashlib
 import re
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from identity_broker.attestors.node import Challenger, Evidence
+from identity_broker.attestors.node.plugins import NodeAttestorPlugin
 from identity_broker.domain.node import AttestedNode, JoinToken
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import JoinTokenRejected
@@ -74,3 +76,9 @@ class JoinTokenAttestor:
     async def give_back(self, payload: bytes) -> None:
         """Make the token usable again: no SVID came of it."""
         await self._release(token_hash(payload.decode()))
+
+
+PLUGIN: Final = NodeAttestorPlugin(
+    JoinTokenAttestor.name,
+    lambda context, _table: JoinTokenAttestor(context.consume, context.release),
+)

@@ -18,10 +18,10 @@ import binascii
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -36,6 +36,7 @@ from cryptography.x509.verification import (
 )
 
 from identity_broker.attestors.node import MAX_PAYLOAD_BYTES, Challenger, Evidence
+from identity_broker.attestors.node.plugins import AttestorContext, NodeAttestorPlugin
 from identity_broker.domain import names
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.node import AttestedNode
@@ -272,3 +273,13 @@ def _verify_signature(public_key: object, signature: bytes, message: bytes) -> N
             raise ChallengeFailed(detail="a kind of key that cannot sign here")
     except InvalidSignature as error:
         raise ChallengeFailed(detail="the signature does not verify") from error
+
+
+def _from_table(context: AttestorContext, table: Mapping[str, Any]) -> X509PopAttestor:
+    ca_bundle = table.get("ca_bundle_file")
+    if ca_bundle is None:
+        raise ConfigError("attestors.x509_pop.ca_bundle_file is required")
+    return X509PopAttestor.from_file(context.trust_domain, Path(ca_bundle), context.clock)
+
+
+PLUGIN: Final = NodeAttestorPlugin(X509PopAttestor.name, _from_table)
