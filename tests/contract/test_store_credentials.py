@@ -19,7 +19,7 @@ from identity_broker.domain.events import AuditKind, Topic
 from identity_broker.domain.paging import CredentialFilter
 from identity_broker.errors import CredentialNotFound, InvariantViolated, PageTokenInvalid
 from identity_broker.store import Repositories, Store
-from identity_broker.store.repositories.retention import STEP
+from identity_broker.store.repositories import retention
 from identity_ca.spiffe_id import SpiffeId
 from support.store import API, NOW, PARENT, all_pages, intent, issued
 
@@ -286,13 +286,13 @@ async def test_retention_removes_only_what_ended_before(store: Store) -> None:
     assert await state_of(store, live.id) is CredentialState.ISSUED
 
 
-async def test_retention_goes_in_steps(store: Store) -> None:
-    for _ in range(3):
-        await store.ledger.intend([intent() for _ in range(STEP // 2)])
+async def test_retention_goes_in_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "STEP", 20)
+    await store.ledger.intend([intent() for _ in range(30)])
     await store.write(lambda r: r.credentials.sweep_unconfirmed(LATER))
     await store.write(lambda r: r.credentials.expire(LATER))
     removed = [await store.write(lambda r: r.retention.purge_credentials(LATER)) for _ in range(3)]
-    assert removed == [STEP, STEP // 2, 0]
+    assert removed == [20, 10, 0]
 
 
 async def test_pages_are_newest_first_and_hold_every_match_once(store: Store) -> None:

@@ -62,12 +62,12 @@ async def test_an_unmigrated_database_is_not_ready(empty_url: str) -> None:
 
 def test_processes_that_migrate_at_once_do_not_get_in_each_others_way(empty_url: str) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=migrate, args=(empty_url,)) for _ in range(3)]
+    processes = [context.Process(target=migrate, args=(empty_url,)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 async def test_a_newer_brokers_database_is_left_alone(store_url: str) -> None:

