@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -31,7 +31,7 @@ async def state_of(store: Store, credential_id: str) -> CredentialState:
     return (await store.read(lambda r: r.credentials.get(credential_id))).state
 
 
-async def revoke(store: Store, *ids: str, at: object = None) -> tuple[int, int]:
+async def revoke(store: Store, *ids: str, at: datetime | None = None) -> tuple[int, int]:
     result = await store.write(
         lambda r: r.credentials.revoke(
             ids=ids, reason=RevocationReason.KEY_COMPROMISE, comment="stolen", now=at or NOW
@@ -381,7 +381,9 @@ async def test_a_waiter_that_is_cancelled_takes_nobody_along(store: Store) -> No
     await store.ledger.intend([intent()])
 
 
-async def test_concurrent_callers_share_commits(store: Store) -> None:
+async def test_concurrent_callers_share_commits(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commits = 0
     commit = store.ledger._transact_once
 
@@ -390,7 +392,7 @@ async def test_concurrent_callers_share_commits(store: Store) -> None:
         commits += 1
         return commit(work)
 
-    store.ledger._transact_once = counting
+    monkeypatch.setattr(store.ledger, "_transact_once", counting)
     await asyncio.gather(*[store.ledger.intend([intent()]) for _ in range(200)])
     assert commits <= 20
 

@@ -23,7 +23,7 @@ from identity_broker.errors import (
 )
 from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
-from support.store import API, NOW, PARENT, SettableClock, all_pages, entry
+from support.store import API, NOW, PARENT, SettableClock, all_pages, entry, put_entry
 
 UPPER_API = SpiffeId.parse("spiffe://example.org/payments/API")
 LONG_SEGMENT = "x" * 1000
@@ -98,7 +98,7 @@ async def test_the_same_entry_twice_is_refused_and_the_stored_one_is_named(store
     twin = replace(entry(), id="twin")
     for duplicate in (entry(), twin):
         with pytest.raises(EntryExists) as refused:
-            await store.write(lambda r, d=duplicate: r.entries.create(d))
+            await store.write(put_entry(duplicate))
         assert refused.value.fields["entry"] == stored
         assert "idb entry show api" in refused.value.hint
     await store.write(lambda r: r.entries.create(entry("other")))
@@ -110,7 +110,7 @@ async def test_the_same_entry_twice_is_refused_and_the_stored_one_is_named(store
 
 async def test_one_spiffe_id_may_have_several_entries(store: Store) -> None:
     for name in ("one", "two", "three"):
-        await store.write(lambda r, n=name: r.entries.create(entry(n)))
+        await store.write(put_entry(entry(name)))
     assert len(await store.read(lambda r: list(r.entries.iterate()))) == 3
 
 
@@ -226,7 +226,7 @@ async def test_a_refused_transaction_leaves_nothing_behind(store: Store) -> None
         await store.write(half)
     assert await store.read(lambda r: list(r.entries.iterate())) == []
     assert await store.changes.latest() == 0
-    assert await store.write(lambda r: r.entries.create(entry("up", spiffe_id=UPPER_API)))
+    await store.write(put_entry(entry("up", spiffe_id=UPPER_API)))
 
 
 async def test_pages_hold_every_match_once(store: Store) -> None:

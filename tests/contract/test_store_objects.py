@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from identity_broker.domain.events import AuditEvent, AuditKind, Topic
-from identity_broker.domain.node import JoinToken
-from identity_broker.domain.paging import NodeFilter
+from identity_broker.domain.node import JoinToken, Node
+from identity_broker.domain.paging import NodeFilter, Page
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import (
     InvariantViolated,
@@ -25,11 +27,11 @@ from identity_broker.store import Repositories, Store
 from identity_broker.store.database import Mode
 from identity_ca.authority import Authority, AuthorityKind, AuthorityState
 from identity_ca.keys import KeyAlgorithm
-from support.store import NOW, PARENT, SettableClock, entry, node
+from support.store import NOW, PARENT, SettableClock, entry, node, put_node
 
 
-def token(**fields: object) -> JoinToken:
-    values = {
+def token(**fields: Any) -> JoinToken:
+    values: dict[str, Any] = {
         "token_hash": "1" * 64,
         "node_id": PARENT,
         "expires_at": NOW + timedelta(minutes=10),
@@ -55,6 +57,14 @@ def authority(
         not_before=NOW,
         not_after=NOW + timedelta(days=7),
     )
+
+
+def use(token_hash: str, at: datetime) -> Callable[[Repositories], JoinToken]:
+    return lambda repos: repos.join_tokens.consume(token_hash, at)
+
+
+def page_of(wanted: NodeFilter) -> Callable[[Repositories], Page[Node]]:
+    return lambda repos: repos.nodes.page(wanted, "", 10)
 
 
 # --- nodes ----------------------------------------------------------------------------------------
@@ -98,7 +108,7 @@ async def test_node_pages(store: Store) -> None:
         (NodeFilter(banned=False), 6),
         (NodeFilter(attestor="join_token", banned=True), 0),
     ):
-        page = await store.read(lambda r, w=wanted: r.nodes.page(w, "", 10))
+        page = await store.read(page_of(wanted))
         assert len(page.items) == count
 
 
@@ -150,7 +160,7 @@ async def test_every_bad_token_is_refused_in_the_same_words(store: Store) -> Non
     refusals = []
     for token_hash, at in (("1", NOW), ("2", NOW + timedelta(minutes=10)), ("3", NOW)):
         with pytest.raises(JoinTokenRejected) as refused:
-            await store.write(lambda r, h=token_hash * 64, t=at: r.join_tokens.consume(h, t))
+            await store.write(use(token_hash * 64, at))
         refusals.append(refused.value)
     assert len({(r.public, r.hint) for r in refusals}) == 1
     assert [r.detail.split()[0] for r in refusals] == ["unknown", "the", "the"]
@@ -166,7 +176,7 @@ async def test_expired_tokens_are_purged(store: Store) -> None:
         )
     )
     assert await store.write(lambda r: r.join_tokens.purge(NOW + timedelta(minutes=10))) == 1
-    assert await store.write(lambda r: r.join_tokens.consume("2" * 64, NOW))
+    await store.write(use("2" * 64, NOW))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +291,7 @@ async def test_commits_of_other_processes_are_seen(store: Store, store_url: str)
 
 async def test_a_reader_behind_retention_is_told(store: Store) -> None:
     for number in range(6):
-        await store.write(lambda r, n=number: r.nodes.upsert(node(f"n{n}")))
+        await store.write(put_node(f"n{number}"))
     assert await store.write(lambda r: r.retention.purge_outbox(2)) == 4
     assert await store.write(lambda r: r.retention.purge_outbox(2)) == 0
     latest = await store.changes.latest()
@@ -303,7 +313,7 @@ async def test_a_reader_of_many_writers_misses_nothing(store: Store, store_url: 
         target = [store, *others][number % 3]
         for turn in range(writes):
             name = f"w{number}-{turn}"
-            await target.write(lambda r, n=name: r.nodes.upsert(node(n)))
+            await target.write(put_node(name))
 
     async def follow() -> None:
         seq = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -17,7 +18,7 @@ from support.store import API, NOW, PARENT, SettableClock, intent, issued, sqlit
 LATER = NOW + timedelta(days=1)
 
 
-def revoke(repos: Repositories, **named: object) -> object:
+def revoke(repos: Repositories, **named: Any) -> object:
     return repos.credentials.revoke(
         **named, reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
     )
@@ -40,7 +41,7 @@ QUERIES: dict[str, Callable[[Repositories], object]] = {
 }
 
 
-async def plans(store: Store, work: Callable[[], object]) -> list[str]:
+async def plans(store: Store, work: Callable[[], Awaitable[object]]) -> list[str]:
     """The plans of every statement on the ledger that `work` runs."""
     found: list[str] = []
     engine = store._database.engine

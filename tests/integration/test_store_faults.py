@@ -22,7 +22,7 @@ from identity_broker.domain.paging import CredentialFilter
 from identity_broker.errors import StoreUnavailable
 from identity_broker.store import Store, ledger
 from support.postgres import PostgresServer
-from support.store import SettableClock, all_pages, intent, issued, node, sqlite_url
+from support.store import SettableClock, all_pages, intent, issued, node, put_node, sqlite_url
 
 BOUND = 12.0
 """Seconds within which every call must have an answer."""
@@ -243,7 +243,7 @@ async def test_writers_are_not_starved_by_a_busy_ledger(sqlite_store: Store) -> 
     await asyncio.sleep(0.2)
     started = time.monotonic()
     for number in range(5):
-        await sqlite_store.write(lambda r, n=number: r.nodes.upsert(node(f"n{n}")))
+        await sqlite_store.write(put_node(f"n{number}"))
     took = time.monotonic() - started
     stop = True
     await asyncio.gather(*tasks)

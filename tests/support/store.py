@@ -93,6 +93,16 @@ def issued(intended: CredentialIntent, supersedes: str = "") -> CredentialOutcom
     return CredentialOutcome(intended.id, "e" * 64, NOW, supersedes)
 
 
+def put_node(name: str) -> Callable[[Repositories], None]:
+    """A write that stores the node of that name."""
+    return lambda repos: repos.nodes.upsert(node(name))
+
+
+def put_entry(new: RegistrationEntry) -> Callable[[Repositories], RegistrationEntry]:
+    """A write that stores a new entry."""
+    return lambda repos: repos.entries.create(new)
+
+
 async def all_pages(store: Store, page: Callable[[Repositories, str], Page[T]]) -> list[list[T]]:
     """The items of every page, read one after the other."""
     found: list[list[T]] = []
