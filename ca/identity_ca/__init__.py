@@ -22,7 +22,8 @@ X.509, in the order a certificate is made
 
 JWT, trust and its life
     jwt           JwtIssuer and verify_jwt_svid
-    jose          the JWS and JWK encoding below both
+    jose          base64url, JSON and JWK, read strictly
+    jws           the nine signature algorithms of JWT-SVID
     bundle        TrustBundle: SPIFFE JSON, JWKS, PEM
     authority     PREPARED -> ACTIVE -> OLD -> TAINTED -> REVOKED, a pure state machine
     upstream      who certifies our signing key, and the check of what came back

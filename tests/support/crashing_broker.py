@@ -44,6 +44,10 @@ POINTS: dict[str, tuple[type, str]] = {
 }
 
 
+# Set once the broker is up: what is swept is the line, not the start.
+_armed: list[bool] = []
+
+
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -54,6 +58,8 @@ def _crash_at(owner: type, name: str, *, after: bool, count: int) -> None:
 
     def due() -> bool:
         nonlocal runs
+        if not _armed:
+            return False
         runs += 1
         return runs == count
 
@@ -96,12 +102,13 @@ async def _main(directory: Path, point: str, count: int) -> None:
     _log_signatures(JwtIssuer, log, lambda item: str(item.jti))
     settings = settings_in(directory, ledger={"unconfirmed_after": "5s"})
 
+    if point != "none":
+        name, _, when = point.partition(":")
+        owner, method = POINTS[name]
+        _crash_at(owner, method, after=when == "after", count=count)
+
     def ready(addresses: BoundAddresses) -> None:
-        # Armed once the broker is up: what is swept is the line, not the start.
-        if point != "none":
-            name, _, when = point.partition(":")
-            owner, method = POINTS[name]
-            _crash_at(owner, method, after=when == "after", count=count)
+        _armed.append(True)
         told = {
             "address": addresses.address,
             "bootstrap_address": addresses.bootstrap_address,
