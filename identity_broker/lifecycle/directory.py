@@ -19,7 +19,7 @@ from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Change, Topic
 from identity_broker.domain.node import Node
-from identity_broker.errors import BrokerError
+from identity_broker.errors import BrokerError, WatchLagged
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
@@ -132,6 +132,11 @@ class Directory:
         Raises:
             StoreUnavailable: the database did not answer.
         """
+        self.fill(*await self._read_all())
+
+    async def _read_all(
+        self,
+    ) -> tuple[int, list[RegistrationEntry], list[Node], list[Revocation]]:
         now = self._clock.now()
 
         def read(
@@ -146,7 +151,7 @@ class Directory:
                 repos.credentials.revoked_unexpired(now - _DENY_MARGIN),
             )
 
-        self.fill(*await self._store.read(read))
+        return await self._store.read(read)
 
     def fill(
         self,
@@ -171,7 +176,12 @@ class Directory:
         """
         async with self._lock:
             while True:
-                changes = await self._store.changes.after(self.seq, _LOAD_CHUNK)
+                try:
+                    changes = await self._store.changes.after(self.seq, _LOAD_CHUNK)
+                except WatchLagged:
+                    # The feed no longer reaches back to where we are.
+                    await self._start_over()
+                    return
                 if not changes:
                     return
                 await self._apply(changes)
@@ -194,6 +204,22 @@ class Directory:
         expired = [key for key, value in self._revocations.items() if value.expires_at < limit]
         for key in expired:
             del self._revocations[key]
+
+    async def _start_over(self) -> None:
+        """Read everything again, and tell the listeners what is different."""
+        entries, revocations = self._entries, self._revocations
+        self.fill(*await self._read_all())
+        update = Update(self.seq)
+        update.changed_entries = [
+            entry for entry in self._entries.values() if entries.get(entry.id) != entry
+        ]
+        update.deleted_entry_ids = [key for key in entries if key not in self._entries]
+        update.revocations = [
+            value for key, value in self._revocations.items() if key not in revocations
+        ]
+        update.nodes_changed = update.authorities_changed = True
+        _log.warning("directory started over", sequence=self.seq)
+        self._tell(update)
 
     # --- applying ---------------------------------------------------------------------------
 
@@ -235,6 +261,9 @@ class Directory:
         update.revocations = revocations
         update.authorities_changed = Topic.AUTHORITY in keys
         self.seq = update.seq
+        self._tell(update)
+
+    def _tell(self, update: Update) -> None:
         for listener in tuple(self._listeners):
             listener(update)
 

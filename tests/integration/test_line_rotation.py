@@ -14,7 +14,7 @@ from identity_broker.domain.node import AttestedNode, Node
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AuthorityUnavailable, PolicyViolation
 from identity_broker.lifecycle.authorize import Authorize, TtlPolicy
-from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.directory import Directory, Update
 from identity_broker.lifecycle.issue import Issue, X509Order, one
 from identity_broker.lifecycle.record import Record
 from identity_broker.lifecycle.revoke import Revoke
@@ -284,3 +284,37 @@ async def test_a_caller_that_hangs_up_leaves_a_recorded_credential(parts: Parts)
         lambda repos: repos.credentials.valid_for(entry.spiffe_id, parts.clock.now())
     )
     assert [item.state for item in valid] == [CredentialState.ISSUED]
+
+
+async def test_a_directory_that_fell_behind_starts_over(parts: Parts) -> None:
+    kept = await parts.admit()
+    other = Directory(parts.store, DOMAIN, parts.clock)
+    await other.load()
+    seen: list[Update] = []
+    other.listen(seen.append)
+    issued = one(
+        await parts.issue.x509(
+            [X509Order(parts.authorize.entry(NODE, kept.id), csr_for(new_key()))]
+        )
+    )
+    await parts.revoke.credential(issued.serial, RevocationReason.UNSPECIFIED, "", OPERATOR)
+    new = RegistrationEntry(
+        id="new",
+        spiffe_id=SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/new"),
+        parent_id=NODE,
+        selectors=frozenset({Selector("unix", "uid:1")}),
+    )
+    await parts.entries.create([new], OPERATOR)
+    await parts.entries.delete([kept.id], OPERATOR)
+    await parts.store.write(lambda repos: repos.retention.purge_outbox(0))
+    await other.sync()
+    assert other.entry("new") is not None
+    assert other.entry(kept.id) is None
+    assert other.is_revoked(issued.serial)
+    assert other.seq == parts.directory.seq
+    [update] = seen
+    assert [entry.id for entry in update.changed_entries] == ["new"]
+    assert update.deleted_entry_ids == [kept.id]
+    assert [revocation.id for revocation in update.revocations] == [issued.serial]
+    await other.sync()
+    assert len(seen) == 1
