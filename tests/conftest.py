@@ -17,6 +17,7 @@ pytest_plugins: list[str] = [
     "support.line",
     "support.openbao",
     "support.store",
+    "support.verbs",
 ]
 
 # No deadline: this machine may be busy, and a slow example is not a wrong one.

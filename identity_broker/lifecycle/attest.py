@@ -2,20 +2,22 @@
 
 - The CSR is looked at before the proof is spent: a broken request costs no join token.
 - The proof comes first, then the ban check, then the SVID, then the node's record.
-- A proof that was spent for nothing, because issuing failed, is given back.
+- A proof that was spent for nothing, because the node hung up or issuing failed, is given back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from identity_broker.attestors.node import Challenger, Evidence, NodeAttestor
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import AttestedNode, Node
-from identity_broker.errors import AttestorUnknown, BrokerError, NodeBanned
+from identity_broker.errors import AttestorUnknown, BrokerError, ChallengeFailed, NodeBanned
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
@@ -28,6 +30,8 @@ from identity_ca.issuer import X509Credential
 from identity_ca.profile import NODE
 
 _log = get_logger("attest")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Attest:
         self._store = store
         self._directory = directory
         self._clock = clock
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     @property
     def attestors(self) -> Collection[str]:
@@ -92,10 +97,51 @@ class Attest:
         except CAError as error:
             raise translate(error) from error
         try:
-            node = await attestor.attest(Evidence(payload, request.spki_der), challenge)
+            node = await self._proven(attestor, Evidence(payload, request.spki_der), challenge)
         except BrokerError as error:
             await self._refused(attestor_name, caller, error, correlation_id)
             raise
+        # From here on the work outlives its caller: the proof is spent, its node is admitted.
+        return await asyncio.shield(
+            self._spawn(self._admitted(attestor, node, payload, csr, caller, correlation_id))
+        )
+
+    async def settled(self) -> None:
+        """Return when nothing that outlived its caller is under way any more."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    async def _proven(
+        self, attestor: NodeAttestor, evidence: Evidence, challenge: Challenger
+    ) -> AttestedNode:
+        """Run the attestor; when the caller hangs up meanwhile, give back what it used."""
+        gone: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def ask(question: bytes) -> bytes:
+            asking = asyncio.ensure_future(challenge(question))
+            await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                asking.cancel()
+                raise ChallengeFailed(detail="the node hung up")
+            return asking.result()
+
+        proving = self._spawn(attestor.attest(evidence, ask))
+        try:
+            return await asyncio.shield(proving)
+        except asyncio.CancelledError:
+            gone.set_result(b"")
+            self._spawn(_undone(proving, attestor, evidence.payload))
+            raise
+
+    async def _admitted(
+        self,
+        attestor: NodeAttestor,
+        node: AttestedNode,
+        payload: bytes,
+        csr: bytes,
+        caller: Caller,
+        correlation_id: str,
+    ) -> Admission:
         try:
             grant = self._authorize.attested(node)
             credential = one(await self._issue.x509([X509Order(grant, csr)], correlation_id))
@@ -104,6 +150,18 @@ class Attest:
             await attestor.give_back(payload)
             raise
         return Admission(node, credential)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            # Fetched here too: a caller that hung up will not ask.
+            task.exception()
 
     async def _admit(
         self, node: AttestedNode, credential: X509Credential, caller: Caller, correlation_id: str
@@ -156,3 +214,13 @@ class Attest:
         except BrokerError as outage:
             # The refusal stands whether or not it could be written down.
             _log.warning("refusal not audited", reason=outage.reason, refused=error.reason)
+
+
+async def _undone(
+    proving: asyncio.Task[AttestedNode], attestor: NodeAttestor, payload: bytes
+) -> None:
+    try:
+        await proving
+    except BrokerError:
+        return  # nothing was used up
+    await attestor.give_back(payload)

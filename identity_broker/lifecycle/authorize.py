@@ -36,6 +36,7 @@ from identity_broker.errors import (
 from identity_broker.lifecycle.directory import Directory
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
+_NO_END = timedelta.max
 _ANYONE = frozenset({CallerClass.ANYONE})
 _LOCAL = frozenset({CallerClass.ANYONE, CallerClass.LOCAL})
 _NODE = frozenset({CallerClass.ANYONE, CallerClass.NODE})
@@ -178,21 +179,24 @@ class Authorize:
         """
         node = self._welcome(node_id)
         entry = self._directory.entry(entry_id)
+        now = self._clock.now()
         if (
             entry is None
             or entry.names_node_group
-            or not entry.is_live(self._clock.now())
+            or not entry.is_live(now)
             or not self._is_below(node, entry.parent_id)
         ):
             raise EntryNotAuthorized(detail=f"node {node_id} entry {entry_id[:64]!r}")
         ttl = self._ttl
+        # Nothing outlives the entry it was issued from.
+        rest = entry.expires_at - now if entry.expires_at else _NO_END
         return Grant(
             seal=SEAL,
             kind=GrantKind.WORKLOAD,
             spiffe_id=entry.spiffe_id,
             node_id=node_id,
-            x509_ttl=min(entry.x509_ttl or ttl.x509, ttl.max_x509),
-            jwt_ttl=min(entry.jwt_ttl or ttl.jwt, ttl.max_jwt),
+            x509_ttl=min(entry.x509_ttl or ttl.x509, ttl.max_x509, rest),
+            jwt_ttl=min(entry.jwt_ttl or ttl.jwt, ttl.max_jwt, rest),
             entry_id=entry.id,
             entry_revision=entry.revision,
             dns_names=entry.dns_names,

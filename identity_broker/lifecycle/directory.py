@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -19,7 +20,7 @@ from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Change, Topic
 from identity_broker.domain.node import Node
-from identity_broker.errors import BrokerError, WatchLagged
+from identity_broker.errors import BrokerError, StoreUnavailable, WatchLagged
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
@@ -28,6 +29,7 @@ _log = get_logger("directory")
 
 _POLL_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
+_SILENCE_SECONDS = 3 * _POLL_SECONDS
 _LOAD_CHUNK = 500
 # A revocation is kept a little past its credential's expiry: verifiers' clocks differ.
 _DENY_MARGIN = timedelta(minutes=5)
@@ -70,6 +72,8 @@ class Directory:
         self._revocations: dict[str, Revocation] = {}
         self._listeners: list[Listener] = []
         self._lock = asyncio.Lock()
+        self._followed_at = time.monotonic()
+        self._tidied_at = clock.now()
         self.seq = 0
 
     # --- reading ----------------------------------------------------------------------------
@@ -197,29 +201,43 @@ class Directory:
             except BrokerError as error:
                 _log.warning("change feed interrupted", reason=error.reason, detail=error.detail)
                 await asyncio.sleep(_RETRY_SECONDS)
+            except Exception:  # noqa: BLE001  # a bug in a listener must not blind the broker
+                _log.exception("change feed interrupted")
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                self._followed_at = time.monotonic()
 
-    def forget_expired(self) -> None:
-        """Drop revocations of credentials that have expired by now anyway."""
-        limit = self._clock.now() - _DENY_MARGIN
+    async def check(self) -> None:
+        """Find out whether the change feed is being followed.
+
+        Raises:
+            StoreUnavailable: nothing was heard of it for a while; decisions may be stale.
+        """
+        silent = time.monotonic() - self._followed_at
+        if silent > _SILENCE_SECONDS:
+            raise StoreUnavailable(
+                "the broker has lost its database's change feed",
+                detail=f"silent for {silent:.0f} s",
+                retry_after=_RETRY_SECONDS,
+            )
+
+    async def forget_expired(self) -> None:
+        """Drop revocations of credentials that have expired by now anyway.
+
+        A clock that was set back brings credentials back to life: then all is read again.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        now = self._clock.now()
+        if now < self._tidied_at:
+            async with self._lock:
+                await self._start_over()
+        self._tidied_at = now
+        limit = now - _DENY_MARGIN
         expired = [key for key, value in self._revocations.items() if value.expires_at < limit]
         for key in expired:
             del self._revocations[key]
-
-    async def _start_over(self) -> None:
-        """Read everything again, and tell the listeners what is different."""
-        entries, revocations = self._entries, self._revocations
-        self.fill(*await self._read_all())
-        update = Update(self.seq)
-        update.changed_entries = [
-            entry for entry in self._entries.values() if entries.get(entry.id) != entry
-        ]
-        update.deleted_entry_ids = [key for key in entries if key not in self._entries]
-        update.revocations = [
-            value for key, value in self._revocations.items() if key not in revocations
-        ]
-        update.nodes_changed = update.authorities_changed = True
-        _log.warning("directory started over", sequence=self.seq)
-        self._tell(update)
 
     # --- applying ---------------------------------------------------------------------------
 

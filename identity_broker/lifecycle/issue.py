@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ class Issue:
         self._record = record
         self._clock = clock
         self._under_way: set[asyncio.Task[Any]] = set()
-        self._generation = _Generation()
+        self._open = _Open()
 
     async def x509(
         self, orders: Sequence[X509Order], correlation_id: str = ""
@@ -84,11 +84,7 @@ class Issue:
 
         A revocation waits for it: what was granted before the revocation may be recorded after.
         """
-        generation, self._generation = self._generation, _Generation()
-        await generation.closed()
-        under_way = set(self._under_way)
-        if under_way:
-            await asyncio.wait(under_way)
+        await self._open.settled()
 
     async def _issue(
         self,
@@ -97,11 +93,15 @@ class Issue:
         sign: Callable[[Sequence[P]], Awaitable[list[C]]],
         correlation_id: str,
     ) -> list[C | BrokerError]:
-        with self._generation:
-            return await self._prepare_and_issue(orders, prepare, sign, correlation_id)
+        number = self._open.enter()
+        try:
+            return await self._prepare_and_issue(number, orders, prepare, sign, correlation_id)
+        finally:
+            self._open.leave(number)
 
     async def _prepare_and_issue(
         self,
+        number: int,
         orders: Sequence[Any],
         prepare: Callable[[Any, datetime], P],
         sign: Callable[[Sequence[P]], Awaitable[list[C]]],
@@ -124,29 +124,35 @@ class Issue:
             grants = [orders[at].grant for at in ready]
             for at, result in zip(
                 ready,
-                await self._shielded(grants, prepared, sign, now, correlation_id),
+                await self._shielded(
+                    number,
+                    self._record_and_sign(grants, prepared, sign, now, correlation_id),
+                    len(prepared),
+                ),
                 strict=True,
             ):
                 results[at] = result
         return [result for result in results if result is not None]
 
     async def _shielded(
-        self,
-        grants: Sequence[Grant],
-        prepared: Sequence[P],
-        sign: Callable[[Sequence[P]], Awaitable[list[C]]],
-        now: datetime,
-        correlation_id: str,
+        self, number: int, work: Coroutine[Any, Any, list[C]], size: int
     ) -> Sequence[C | BrokerError]:
-        task = asyncio.ensure_future(
-            self._record_and_sign(grants, prepared, sign, now, correlation_id)
-        )
+        task = asyncio.create_task(work)
+        # The task holds the call open: it goes on when its caller hangs up.
+        self._open.hold(number)
         self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task.add_done_callback(lambda done: self._ended(done, number))
         try:
             return await asyncio.shield(task)
         except BrokerError as error:
-            return [error] * len(prepared)
+            return [error] * size
+
+    def _ended(self, task: asyncio.Task[Any], number: int) -> None:
+        self._under_way.discard(task)
+        self._open.leave(number)
+        if not task.cancelled():
+            # Fetched here too: a caller that hung up will not ask.
+            task.exception()
 
     async def _record_and_sign(
         self,
@@ -162,27 +168,47 @@ class Issue:
         return signed
 
 
-class _Generation:
-    """Counts the calls that began in it; `closed` returns when the last has ended."""
+class _Open:
+    """What is under way, in the order it began; `settled` waits for all of it."""
 
-    __slots__ = ("_count", "_empty")
+    __slots__ = ("_last", "_numbers", "_waiting")
 
     def __init__(self) -> None:
-        self._count = 0
-        self._empty: asyncio.Event | None = None
+        self._last = 0
+        self._numbers: dict[int, int] = {}
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
-    def __enter__(self) -> None:
-        self._count += 1
+    def enter(self) -> int:
+        self._last += 1
+        self._numbers[self._last] = 1
+        return self._last
 
-    def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if self._count == 0 and self._empty is not None:
-            self._empty.set()
+    def hold(self, number: int) -> None:
+        self._numbers[number] += 1
 
-    async def closed(self) -> None:
-        if self._count:
-            self._empty = asyncio.Event()
-            await self._empty.wait()
+    def leave(self, number: int) -> None:
+        holders = self._numbers[number] - 1
+        if holders:
+            self._numbers[number] = holders
+            return
+        del self._numbers[number]
+        if not self._waiting:
+            return
+        # Numbers only grow, and a dict keeps their order: the first is the oldest.
+        oldest = next(iter(self._numbers), self._last + 1)
+        still = []
+        for limit, done in self._waiting:
+            if oldest <= limit:
+                still.append((limit, done))
+            elif not done.done():
+                done.set_result(None)
+        self._waiting = still
+
+    async def settled(self) -> None:
+        if self._numbers:
+            done = asyncio.get_running_loop().create_future()
+            self._waiting.append((self._last, done))
+            await done
 
 
 def one(results: Sequence[C | BrokerError]) -> C:

@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.events import AuditEvent, AuditKind
-from identity_broker.errors import NodeBanned, StaleWrite
+from identity_broker.errors import ConfigError, NodeBanned, StaleWrite
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
@@ -40,6 +41,8 @@ from identity_ca.issuer import X509Credential
 from identity_ca.keys import KeyAlgorithm, generate_private_key, signature_hash
 
 _log = get_logger("rotate")
+
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,40 +74,68 @@ class RotateAuthorities:
         self._store = store
         self._policy = policy
         self._clock = clock
+        self._installing = asyncio.Lock()
+        self._installed = 0
 
     async def start(self) -> None:
         """Put the stored authorities into force, and make what is missing.
 
         Raises:
             StoreUnavailable, SigningBackendUnavailable: the broker cannot start yet.
+            ConfigError: the database holds another trust domain's authorities.
         """
+        await self._refuse_another_trust_domain()
         for kind in AuthorityKind:
-            await self._step(kind, lost=await self._lost(kind))
+            # Another broker may start on the same store in this moment; whoever is second follows.
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    await self._step(kind, lost=await self._lost(kind))
+                    break
+                except StaleWrite:
+                    if attempt == _ATTEMPTS:
+                        raise
         await self.install()
 
     async def run(self) -> bool:
-        """Do what is due now; return whether anything changed.
+        """Do what is due now; return whether a new generation is in force.
+
+        What an earlier run stored but could not put into force is put into force now.
 
         Raises:
             StoreUnavailable, SigningBackendUnavailable, StaleWrite: nothing was lost; run again.
         """
-        changed = False
         for kind in AuthorityKind:
-            changed |= await self._step(kind, lost=())
-        if changed:
-            await self.install()
-        return changed
+            await self._step(kind, lost=())
+        return await self.install()
 
-    async def install(self) -> None:
-        """Put what the store holds into force.
+    async def install(self) -> bool:
+        """Put what the store holds into force; return whether that is news. Never goes back.
 
         Raises:
             StoreUnavailable, SigningBackendUnavailable: the former generation stays in force.
         """
-        stored, sequence = await self._stored()
-        await self._signing.install(
-            _set_of(AuthorityKind.X509, stored), _set_of(AuthorityKind.JWT, stored), sequence
-        )
+        async with self._installing:
+            stored, sequence = await self._stored()
+            if sequence <= self._installed:
+                return False
+            await self._signing.install(
+                _set_of(AuthorityKind.X509, stored), _set_of(AuthorityKind.JWT, stored), sequence
+            )
+            self._installed = sequence
+            return True
+
+    async def _refuse_another_trust_domain(self) -> None:
+        stored, _ = await self._stored()
+        wanted = self._signing.trust_domain.id
+        for authority in stored:
+            for der in authority.chain[:1]:
+                names = _uri_names(x509.load_der_x509_certificate(der))
+                if names and str(wanted) not in names:
+                    raise ConfigError(
+                        f'the database belongs to the trust domain of "{names[0]}", '
+                        f'not to "{self._signing.trust_domain}"',
+                        hint="use another store.url, or the trust domain it was made for",
+                    )
 
     async def _lost(self, kind: AuthorityKind) -> Sequence[Authority]:
         stored, _ = await self._stored()
@@ -172,6 +203,14 @@ class RotateAuthorities:
             return list(repos.authorities.all()), repos.authorities.sequence()
 
         return await self._store.read(read)
+
+
+def _uri_names(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return names.value.get_values_for_type(x509.UniformResourceIdentifier)
 
 
 def _set_of(kind: AuthorityKind, stored: Sequence[Authority]) -> AuthoritySet:
@@ -264,22 +303,38 @@ class ServerCertificate:
 
 
 class RotateServer:
-    """Keeps the broker's own SVID fresh; its key is made here and never leaves."""
+    """Keeps the broker's own SVID fresh; its key is made here and never leaves.
 
-    def __init__(self, *, authorize: Authorize, issue: Issue, clock: Clock) -> None:
+    Args:
+        is_revoked: whether the credential with that serial is revoked.
+    """
+
+    def __init__(
+        self,
+        *,
+        authorize: Authorize,
+        issue: Issue,
+        clock: Clock,
+        is_revoked: Callable[[str], bool] = lambda _serial: False,
+    ) -> None:
         self._authorize = authorize
         self._issue = issue
         self._clock = clock
+        self._is_revoked = is_revoked
         self.current: ServerCertificate | None = None
 
     async def run(self) -> bool:
-        """Replace the SVID if it is due or its authority is no longer trusted.
+        """Replace the SVID if it is due, or revoked.
 
         Raises:
             StoreUnavailable, SigningBackendUnavailable: the former one stays in use.
         """
         current = self.current
-        if current is not None and not current.due(self._clock.now()):
+        if (
+            current is not None
+            and not current.due(self._clock.now())
+            and not self._is_revoked(current.credential.serial)
+        ):
             return False
         key = generate_private_key(KeyAlgorithm.EC_P256)
         csr = (

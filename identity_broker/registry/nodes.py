@@ -48,7 +48,10 @@ class Nodes:
         return await self._store.read(lambda repos: repos.nodes.page(wanted, after, size))
 
     async def ban(self, spiffe_id: SpiffeId, reason: str, caller: Caller) -> tuple[Node, int]:
-        """Refuse the node from now on and revoke its SVIDs; return it and how many were revoked.
+        """Refuse the node from now on; revoke its SVIDs and all that was issued through it.
+
+        Returns:
+            The node, and how many credentials were revoked.
 
         Raises:
             NodeNotFound: there is none with that ID.
@@ -60,7 +63,9 @@ class Nodes:
             repos.nodes.upsert(replace(node, banned=True, ban_reason=reason))
             repos.audit.append(self._event(AuditKind.NODE_BANNED, spiffe_id, caller, reason))
 
-        revoked = await self._revoke.node(spiffe_id, reason or "banned", write)
+        revoked = await self._revoke.node(
+            spiffe_id, reason or "banned", write, issued_through_it=True
+        )
         return await self.get(spiffe_id), len(revoked.revocations)
 
     async def evict(self, spiffe_id: SpiffeId, caller: Caller) -> int:
@@ -75,7 +80,7 @@ class Nodes:
             repos.nodes.delete(spiffe_id)
             repos.audit.append(self._event(AuditKind.NODE_EVICTED, spiffe_id, caller, ""))
 
-        revoked = await self._revoke.node(spiffe_id, "evicted", write)
+        revoked = await self._revoke.node(spiffe_id, "evicted", write, issued_through_it=False)
         return len(revoked.revocations)
 
     async def create_join_token(

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -161,6 +161,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
     issue = Issue(signing, record, clock)
     revoke = Revoke(store, directory, clock, issue.settled)
+    resources.push_async_callback(revoke.close)
     attest = Attest(
         attestors=build_attestors(settings, store, clock),
         authorize=authorize,
@@ -169,6 +170,8 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         directory=directory,
         clock=clock,
     )
+    resources.push_async_callback(attest.settled)
+    resources.push_async_callback(issue.settled)
     rotate_node = RotateNode(
         authorize=authorize, issue=issue, store=store, directory=directory, clock=clock
     )
@@ -184,12 +187,15 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         ),
         clock=clock,
     )
-    rotate_server = RotateServer(authorize=authorize, issue=issue, clock=clock)
+    rotate_server = RotateServer(
+        authorize=authorize, issue=issue, clock=clock, is_revoked=directory.is_revoked
+    )
     trust = Trust(signing, rotate_server, settings.server.bundle_file)
 
     await rotate_authorities.start()
     await rotate_server.run()
     trust.publish()
+    await trust.write_file()
 
     entries = Entries(store, directory, trust_domain, clock)
     nodes = Nodes(store, revoke, trust_domain, clock)
@@ -263,14 +269,17 @@ class Broker:
                 stopping=self._stopping.is_set,
             ),
         )
+        doors: list[Callable[[timedelta], Awaitable[None]]] = []
+        resources.push_async_callback(self._drain, doors)
         await http.start()
-        resources.push_async_callback(http.stop, self._settings.server.drain_timeout)
-        addresses = await self._open_listeners(resources, http.address)
+        doors.append(http.stop)
+        addresses = await self._open_listeners(doors, http.address)
         self._health.set_all(True)
-        resources.push_async_callback(self._drain)
         return addresses
 
-    async def _open_listeners(self, resources: AsyncExitStack, http_address: str) -> BoundAddresses:
+    async def _open_listeners(
+        self, doors: list[Callable[[timedelta], Awaitable[None]]], http_address: str
+    ) -> BoundAddresses:
         server = self._settings.server
         local = LocalListener(
             server.admin_socket,
@@ -296,7 +305,7 @@ class Broker:
                     on_refused=self._refusals.put,
                 )
             )
-            resources.push_async_callback(listener.stop, server.drain_timeout)
+            doors.append(listener.stop)
         return BoundAddresses(
             address=mtls.address,
             bootstrap_address=bootstrap.address,
@@ -312,6 +321,7 @@ class Broker:
             Job("refusals", timedelta(seconds=1), self._refusals.flush),
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
+            Job("bundle_file", _10S, self._trust.write_file),
             Job("authorities", min(_30S, settings.ca.x509_ca_ttl / 24), self._rotate),
             Job("sweep", min(_30S, settings.ledger.unconfirmed_after / 2), self._sweep),
             Job("expire", timedelta(minutes=1), self._expire),
@@ -331,7 +341,7 @@ class Broker:
 
     async def _expire(self) -> None:
         await self._record.expire()
-        self._directory.forget_expired()
+        await self._directory.forget_expired()
 
     async def _retain(self) -> None:
         before = self._clock.now() - self._settings.ledger.retain_expired
@@ -346,7 +356,7 @@ class Broker:
 
     async def _probe(self) -> None:
         report = await self._readiness.report()
-        self._health.set_all(report.ready)
+        self._health.set_all(report.ready and not self._stopping.is_set())
         self._metrics.directory_entries.set(self._directory.entry_count())
         self._metrics.directory_nodes.set(self._directory.node_count())
         self._metrics.directory_sequence.set(self._directory.seq)
@@ -360,6 +370,7 @@ class Broker:
             "store": self._store.check,
             "signing_backend": self._signing.check_keys,
             "authority": self._check_authority,
+            "change_feed": self._directory.check,
         }
 
     async def _check_authority(self) -> None:
@@ -389,8 +400,8 @@ class Broker:
 
     async def _reinstall(self) -> None:
         try:
-            await self._rotate_authorities.install()
-            self._trust.publish()
+            if await self._rotate_authorities.install():
+                self._trust.publish()
         except BrokerError as error:
             _log.error("authorities not taken over", reason=error.reason, detail=error.detail)
 
@@ -405,9 +416,12 @@ class Broker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _drain(self) -> None:
+    async def _drain(self, doors: Sequence[Callable[[timedelta], Awaitable[None]]]) -> None:
+        """Close all doors at once; running calls share one deadline."""
         self._health.set_all(False)
         self._stopping.set()
+        grace = self._settings.server.drain_timeout
+        await asyncio.gather(*(stop(grace) for stop in doors))
         with suppress(BrokerError):
             await self._refusals.flush()
 

@@ -1,11 +1,13 @@
 """The broker's bundle and server certificate, as those who need them see them.
 
-- A new bundle is written to its file first (atomically), then handed to TLS and to the watchers.
+- A new bundle goes to TLS and to the watchers at once; its file follows, atomically, and a file
+  that cannot be written is tried again and keeps nobody from the bundle.
 - `tls` is asked at every handshake, in gRPC's threads: it returns a snapshot made before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,6 +32,7 @@ class Trust:
         self._bundle_file = bundle_file
         self._listeners: list[Callable[[TrustBundle], None]] = []
         self._published: TrustBundle | None = None
+        self._written: TrustBundle | None = None
         self._tls: TlsMaterial | None = None
 
     def listen(self, listener: Callable[[TrustBundle], None]) -> Callable[[], None]:
@@ -43,11 +46,7 @@ class Trust:
         return stop
 
     def publish(self) -> None:
-        """Publish the bundle and the certificate in force, as far as they are new.
-
-        Raises:
-            ConfigError: the bundle file cannot be written.
-        """
+        """Hand the bundle and the certificate in force to TLS and the watchers, if they are new."""
         bundle = self._signing.bundle
         certificate = self._server.current
         if certificate is not None:
@@ -56,12 +55,22 @@ class Trust:
                 chain_pem=certificate.chain_pem,
                 roots_pem=bundle.to_pem(),
             )
-        if bundle == self._published:
+        if bundle != self._published:
+            self._published = bundle
+            for listener in tuple(self._listeners):
+                listener(bundle)
+
+    async def write_file(self) -> None:
+        """Bring the bundle file up to date.
+
+        Raises:
+            ConfigError: it cannot be written; watchers have the bundle all the same.
+        """
+        bundle = self._published
+        if bundle is None or bundle == self._written:
             return
-        write_public(self._bundle_file, bundle.to_pem())
-        self._published = bundle
-        for listener in tuple(self._listeners):
-            listener(bundle)
+        await asyncio.to_thread(write_public, self._bundle_file, bundle.to_pem())
+        self._written = bundle
 
     def tls(self) -> TlsMaterial:
         """Return the key, the chain and the roots to serve with now."""

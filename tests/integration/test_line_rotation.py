@@ -2,118 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 
-from identity_broker.domain.caller import Caller, CallerClass
 from identity_broker.domain.credential import CredentialState, RevocationReason
 from identity_broker.domain.entry import RegistrationEntry
-from identity_broker.domain.node import AttestedNode, Node
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AuthorityUnavailable, PolicyViolation
-from identity_broker.lifecycle.authorize import Authorize, TtlPolicy
 from identity_broker.lifecycle.directory import Directory, Update
-from identity_broker.lifecycle.issue import Issue, X509Order, one
-from identity_broker.lifecycle.record import Record
-from identity_broker.lifecycle.revoke import Revoke
-from identity_broker.lifecycle.rotate import AuthorityPolicy, RotateAuthorities, RotateServer
-from identity_broker.registry.entries import Entries
-from identity_broker.signing import Signing
-from identity_broker.store import Store
+from identity_broker.lifecycle.issue import X509Order, one
+from identity_broker.lifecycle.rotate import RotateServer
 from identity_ca.authority import AuthorityKind, AuthorityState
 from identity_ca.backends.memory import MemoryKeyManager
-from identity_ca.backends.selfsigned import SelfSignedUpstream
 from identity_ca.chain import verify_x509_svid
-from identity_ca.keys import KeyAlgorithm
-from identity_ca.spiffe_id import SpiffeId, TrustDomain
+from identity_ca.spiffe_id import SpiffeId
 from support.line import TRUST_DOMAIN, csr_for, new_key
-from support.store import SettableClock, sqlite_url
-
-START = datetime(2030, 1, 1, tzinfo=UTC)
-DOMAIN = TrustDomain.parse(TRUST_DOMAIN)
-NODE = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/idb/node/join_token/web-1")
-OPERATOR = Caller(frozenset({CallerClass.LOCAL}), "uid:0")
-LIFE = timedelta(hours=12)
-HINT = timedelta(minutes=5)
-TTL = TtlPolicy(
-    x509=timedelta(hours=1),
-    jwt=timedelta(minutes=5),
-    node=timedelta(hours=1),
-    max_x509=timedelta(hours=1),
-    max_jwt=timedelta(hours=1),
-)
-
-
-class Parts:
-    """The verbs, on a real store and real keys, with a clock that is set by hand."""
-
-    def __init__(self, store: Store, clock: SettableClock, keys: MemoryKeyManager) -> None:
-        self.store = store
-        self.clock = clock
-        self.directory = Directory(store, DOMAIN, clock)
-        self.signing = Signing(
-            trust_domain=DOMAIN, keys=keys, upstream=SelfSignedUpstream(), refresh_hint=HINT
-        )
-        self.authorize = Authorize(self.directory, DOMAIN, TTL, clock)
-        self.record = Record(store, clock, unconfirmed_after=timedelta(minutes=1))
-        self.issue = Issue(self.signing, self.record, clock)
-        self.revoke = Revoke(store, self.directory, clock, self.issue.settled)
-        self.entries = Entries(store, self.directory, DOMAIN, clock)
-        self.rotate = RotateAuthorities(
-            signing=self.signing,
-            store=store,
-            policy=AuthorityPolicy(KeyAlgorithm.EC_P256, LIFE, KeyAlgorithm.EC_P256, LIFE, HINT),
-            clock=clock,
-        )
-
-    def states(self, kind: AuthorityKind) -> list[str]:
-        now = self.signing.authorities
-        chosen = now.x509_set if kind is AuthorityKind.X509 else now.jwt_set
-        return [authority.state.value for authority in chosen]
-
-    async def admit(self) -> RegistrationEntry:
-        """Attest a node by hand and register an entry below it."""
-        attested = AttestedNode(NODE, "join_token", frozenset(), reattestable=False)
-        credential = one(
-            await self.issue.x509(
-                [X509Order(self.authorize.attested(attested), csr_for(new_key()))]
-            )
-        )
-        node = Node(
-            NODE,
-            "join_token",
-            frozenset(),
-            self.clock.now(),
-            credential.serial,
-            credential.not_after,
-            reattestable=False,
-        )
-        await self.store.write(lambda repos: repos.nodes.upsert(node))
-        entry = RegistrationEntry(
-            id="api",
-            spiffe_id=SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/payments/api"),
-            parent_id=NODE,
-            selectors=frozenset({Selector("unix", "uid:1000")}),
-        )
-        [created] = await self.entries.create([entry], OPERATOR)
-        assert isinstance(created, RegistrationEntry)
-        return created
-
-
-@pytest.fixture
-async def parts(tmp_path: Path):
-    clock = SettableClock(START)
-    tmp_path.chmod(0o700)
-    store = Store(sqlite_url(tmp_path), clock=clock)
-    await store.migrate()
-    built = Parts(store, clock, MemoryKeyManager())
-    await built.directory.load()
-    await built.rotate.start()
-    yield built
-    await built.signing.close()
-    await store.close()
+from support.verbs import DOMAIN, HINT, LIFE, NODE, OPERATOR, START, Parts
 
 
 async def test_an_authority_is_replaced_without_a_gap(parts: Parts) -> None:

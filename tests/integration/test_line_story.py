@@ -94,11 +94,13 @@ async def test_a_revoked_svid_is_refused_on_an_open_connection(broker: RunningBr
 async def test_a_banned_node_is_refused_on_an_open_connection(broker: RunningBroker) -> None:
     node = await broker.join("web-1")
     entry = await broker.entry("/payments/api", "web-1")
-    assert (await node.issue(entry.id)).status.code == 0
+    issued = await node.issue(entry.id)
     nodes = await broker.stub(node_pb2_grpc.NodeStub)
     answer = await nodes.Ban(node_pb2.BanNodeRequest(spiffe_id=node_id("web-1"), reason="stolen"))
     assert answer.node.banned
-    assert answer.revoked == 1
+    assert answer.revoked == 2
+    revoked = await broker.ledger(states=[credential_pb2.CREDENTIAL_STATE_REVOKED])
+    assert {item.id for item in revoked} == {node.svid.serial, issued.svid.serial}
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await node.issue(entry.id)
     assert reason_of(refused.value) == "NODE_BANNED"
