@@ -239,6 +239,22 @@ class Directory:
         for key in expired:
             del self._revocations[key]
 
+    async def _start_over(self) -> None:
+        """Read everything again, and tell the listeners what is different."""
+        entries, revocations = self._entries, self._revocations
+        self.fill(*await self._read_all())
+        update = Update(self.seq)
+        update.changed_entries = [
+            entry for entry in self._entries.values() if entries.get(entry.id) != entry
+        ]
+        update.deleted_entry_ids = [key for key in entries if key not in self._entries]
+        update.revocations = [
+            value for key, value in self._revocations.items() if key not in revocations
+        ]
+        update.nodes_changed = update.authorities_changed = True
+        _log.warning("directory started over", sequence=self.seq)
+        self._tell(update)
+
     # --- applying ---------------------------------------------------------------------------
 
     async def _apply(self, changes: list[Change]) -> None:

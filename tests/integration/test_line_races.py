@@ -123,7 +123,7 @@ async def test_authorities_that_could_not_be_put_into_force_are_the_next_time(
         raise SigningBackendUnavailable
 
     parts.clock.time = START + LIFE * 2 / 3
-    parts.signing.install = away  # type: ignore[method-assign]
+    parts.signing.install = away  # type: ignore[assignment]
     with pytest.raises(SigningBackendUnavailable):
         await parts.rotate.run()
     parts.signing.install = install  # type: ignore[method-assign]
@@ -142,7 +142,7 @@ async def test_installing_at_once_never_goes_back_a_generation(parts: Parts) -> 
         await install(*args)
         sequences.append(parts.signing.bundle.sequence)
 
-    parts.signing.install = slow_install  # type: ignore[method-assign]
+    parts.signing.install = slow_install  # type: ignore[assignment]
     for hours in (7, 10, 11, 17):
         parts.clock.time = START + timedelta(hours=hours)
         await asyncio.gather(
