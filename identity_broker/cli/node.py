@@ -61,7 +61,7 @@ def show(invocation: Invocation, node_id: str) -> None:
 def ban(invocation: Invocation, node_id: str, reason: str) -> None:
     """Refuse a node from now on, on open connections too.
 
-    Its own SVIDs are revoked. It stays banned until it is evicted.
+    Its SVIDs and all that was issued through it are revoked. It stays banned until evicted.
     """
     with Session.open(invocation) as session:
         found, revoked = session.admin.nodes.ban(session.node_id(node_id), reason=reason)
