@@ -139,6 +139,44 @@ def test_x_6_signing_certificates_do_not_authenticate() -> None:
     assert refused(BELOW.root)
 
 
+def certificate_signing_usage(*bits: str) -> x509.KeyUsage:
+    """digitalSignature, which every leaf needs, and the bits of a CA that are asked for."""
+    every = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    unset = dict.fromkeys((*every, "key_cert_sign", "crl_sign", "encipher_only"), False)
+    return x509.KeyUsage(
+        **(unset | {"digital_signature": True, "decipher_only": False} | dict.fromkeys(bits, True))
+    )
+
+
+@pytest.mark.clause("X-12")
+def test_x_12_a_leaf_that_is_as_it_must_be_is_what_the_next_three_change() -> None:
+    same = replaced(leaf_extensions(), certificate_signing_usage(), critical=True)
+    verify_x509_svid([der(leaf(same)), der(BELOW.intermediate)], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-12")
+def test_x_12_a_leaf_may_not_be_a_ca() -> None:
+    for path_length in (None, 0):
+        flag = x509.BasicConstraints(ca=True, path_length=path_length)
+        changed = replaced(leaf_extensions(), flag, critical=True)
+        assert "X-12" in refused(leaf(changed), BELOW.intermediate)
+
+
+@pytest.mark.clause("X-12")
+def test_x_12_a_leaf_may_not_sign_certificates() -> None:
+    usage = certificate_signing_usage("key_cert_sign")
+    changed = replaced(leaf_extensions(), usage, critical=True)
+    assert "X-12" in refused(leaf(changed), BELOW.intermediate)
+
+
+@pytest.mark.clause("X-12")
+def test_x_12_a_leaf_may_not_sign_revocation_lists() -> None:
+    usage = certificate_signing_usage("crl_sign")
+    for critical in (True, False):
+        changed = replaced(leaf_extensions(), usage, critical=critical)
+        assert "X-12" in refused(leaf(changed), BELOW.intermediate)
+
+
 @pytest.mark.clause("X-11")
 def test_x_11_signature_of_another_key() -> None:
     assert "signature does not verify" in refused(leaf(issuer_key=EXTRA_KEY), BELOW.intermediate)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import importlib
+import json
+import pkgutil
+from typing import get_type_hints
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import identity_ca
-from identity_ca.errors import SpiffeIdError
+from identity_ca import profile
+from identity_ca.authority import AuthorityKind
+from identity_ca.bundle import TrustBundle
+from identity_ca.chain import verify_x509_svid
+from identity_ca.errors import ChainRejected, ProfileViolation, SpiffeIdError, TokenRejected
+from identity_ca.issuer import X509Credential, X509Issuer
+from identity_ca.jwt import JwtCredential, JwtIssuer, verify_jwt_svid
 from identity_ca.spiffe_id import MAX_ID_BYTES, SpiffeId, TrustDomain
 from support.ca import hierarchy
+from support.ca_material import NOW, TRUST_DOMAIN, WORKLOAD_ID, claims, forge, jwt_bundle
 
 
 def refused(text: str) -> str:
@@ -187,14 +197,83 @@ def test_id_9_id_and_key_are_in_the_signed_part() -> None:
 
 @pytest.mark.clause("ID-10")
 def test_id_10_the_library_makes_only_the_documents_spiffe_specifies() -> None:
-    folder = pathlib.Path(identity_ca.__file__).parent
-    credentials = {
-        line.split()[1].split("(")[0].rstrip(":")
-        for module in folder.glob("*.py")
-        for line in module.read_text().splitlines()
-        if line.startswith("class ") and "Credential" in line
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(identity_ca.__path__, "identity_ca.")
+    ]
+    classes = {
+        each
+        for module in modules
+        for each in vars(module).values()
+        if isinstance(each, type) and each.__module__ == module.__name__
     }
-    assert credentials <= {"X509Credential", "JwtCredential"}
+    # Whoever takes an identity and a key to it, in two steps, issues; and this is what comes out.
+    issuers = {each for each in classes if hasattr(each, "prepare") and hasattr(each, "sign")}
+    assert {each: get_type_hints(each.sign)["return"] for each in issuers} == {
+        X509Issuer: X509Credential,
+        JwtIssuer: JwtCredential,
+    }
+    signed = {
+        each
+        for each in classes
+        if dataclasses.is_dataclass(each)
+        and {"spiffe_id", "digest"} <= {field.name for field in dataclasses.fields(each)}
+    }
+    assert signed == {X509Credential, JwtCredential}
+    assert set(AuthorityKind) == {AuthorityKind.X509, AuthorityKind.JWT}
+
+
+@pytest.mark.clause("ID-10")
+def test_id_10_every_leaf_profile_is_an_x509_svid_and_there_is_no_other() -> None:
+    profiles = {each for each in vars(profile).values() if isinstance(each, profile.X509Profile)}
+    leaves = {each for each in profiles if not each.ca}
+    assert {each.name for each in leaves} == {"workload", "node", "broker"}
+    below = hierarchy()
+    for each in leaves:
+        chain = below.issue(profile=each).chain
+        assert verify_x509_svid(chain, bundle=below.bundle, now=NOW).spiffe_id == WORKLOAD_ID
+    for each in profiles - leaves:
+        with pytest.raises(ProfileViolation):
+            below.issue(profile=each)
+
+
+@pytest.mark.clause("ID-10")
+@pytest.mark.parametrize(
+    "typ",
+    ["wit+jwt", "WIT+JWT", "application/wit+jwt", "wpt+jwt", "at+jwt", "vc+jwt", "logout+jwt"],
+)
+def test_id_10_another_kind_of_jwt_is_no_svid(typ: str) -> None:
+    """Signed by the right key, with the right claims: the kind alone is wrong."""
+    header = {"alg": "ES256", "kid": "key-1"}
+    good = forge({**header, "typ": "JWT"}, claims())
+    bundle = jwt_bundle()
+    verify_jwt_svid(good, bundle=bundle, audience="reports", now=NOW)
+    with pytest.raises(TokenRejected, match="J-6"):
+        verify_jwt_svid(
+            forge({**header, "typ": typ}, claims()), bundle=bundle, audience="reports", now=NOW
+        )
+
+
+@pytest.mark.clause("ID-10")
+def test_id_10_a_key_for_another_kind_of_document_validates_neither() -> None:
+    below = hierarchy()
+    chain = below.issue().chain
+    token = forge({"alg": "ES256", "kid": "key-1"}, claims())
+    published = dataclasses.replace(below.bundle, jwt_keys=jwt_bundle().jwt_keys)
+    document = json.loads(published.to_spiffe_json())
+
+    def read() -> TrustBundle:
+        return TrustBundle.from_spiffe_json(TRUST_DOMAIN, json.dumps(document).encode())
+
+    verify_x509_svid(chain, bundle=read(), now=NOW)
+    verify_jwt_svid(token, bundle=read(), audience="reports", now=NOW)
+    assert [key["use"] for key in document["keys"]] == ["x509-svid", "jwt-svid"]
+    for key in document["keys"]:
+        key["use"] = "wit-svid"
+    with pytest.raises(ChainRejected, match="no authority"):
+        verify_x509_svid(chain, bundle=read(), now=NOW)
+    with pytest.raises(TokenRejected, match="no key"):
+        verify_jwt_svid(token, bundle=read(), audience="reports", now=NOW)
 
 
 def test_members_and_order() -> None:
