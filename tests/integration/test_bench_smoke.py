@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from support import repository
 
@@ -27,6 +28,7 @@ def run_bench(out: Path, *names: str, path: str | None = None) -> subprocess.Com
     )
 
 
+@pytest.mark.slow
 def test_measures_the_broker_and_says_how_it_compares(tmp_path: Path) -> None:
     names = ["x509 single", "x509 batch", "jwt single", "no-op", "ceiling"]
     if shutil.which("cfssl") is not None:
