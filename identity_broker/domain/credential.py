@@ -3,7 +3,8 @@
 - An intent is recorded before a signature can exist.
 - INTENT → ISSUED when the outcome arrives, → UNCONFIRMED when none does in time.
 - ISSUED and UNCONFIRMED → SUPERSEDED, REVOKED, EXPIRED; SUPERSEDED → REVOKED, EXPIRED.
-- A credential in any state but EXPIRED and REVOKED counts as possibly valid, and can be revoked.
+- EXPIRED → REVOKED while the validity lasts: the clock that expired it may have run ahead.
+- A credential that is not REVOKED counts as possibly valid, and can be revoked, until `not_after`.
 """
 
 from __future__ import annotations
@@ -31,16 +32,6 @@ class CredentialState(StrEnum):
     SUPERSEDED = "superseded"
     REVOKED = "revoked"
     EXPIRED = "expired"
-
-
-REVOCABLE_STATES = frozenset(
-    {
-        CredentialState.INTENT,
-        CredentialState.ISSUED,
-        CredentialState.UNCONFIRMED,
-        CredentialState.SUPERSEDED,
-    }
-)
 
 
 class RevocationReason(IntEnum):

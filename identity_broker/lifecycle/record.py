@@ -3,12 +3,14 @@
 - `intend` returns when the intents are durable; only then may anything be signed.
 - `conclude` queues the outcomes; they are committed with the next group.
 - An intent whose outcome never comes is swept to UNCONFIRMED: listed, revocable, never forgotten.
+- Sweeping and expiring go in steps, a transaction each: nobody who issues waits for all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import (
@@ -17,11 +19,17 @@ from identity_broker.domain.credential import (
     CredentialOutcome,
 )
 from identity_broker.domain.grant import Grant
-from identity_broker.store import Repositories, Store
+from identity_broker.store import STEP, Repositories, Store
 from identity_ca.issuer import PreparedX509, X509Credential
 from identity_ca.jwt import JwtCredential, PreparedJwt
 
-Order = tuple[Grant, PreparedX509 | PreparedJwt]
+
+class Order(NamedTuple):
+    """What is about to be signed, by whose permission, for which call."""
+
+    grant: Grant
+    prepared: PreparedX509 | PreparedJwt
+    correlation_id: str
 
 
 class Record:
@@ -32,15 +40,13 @@ class Record:
         self._clock = clock
         self._unconfirmed_after = unconfirmed_after
 
-    async def intend(self, orders: Sequence[Order], now: datetime, correlation_id: str) -> None:
+    async def intend(self, orders: Sequence[Order], now: datetime) -> None:
         """Make the intents durable.
 
         Raises:
             StoreUnavailable: they may or may not be durable; nothing may be signed.
         """
-        await self._store.ledger.intend(
-            [_intent(grant, prepared, now, correlation_id) for grant, prepared in orders]
-        )
+        await self._store.ledger.intend([_intent(*order, now) for order in orders])
 
     def conclude(
         self,
@@ -60,31 +66,39 @@ class Record:
         """Mark intents without an outcome as UNCONFIRMED; return how many.
 
         Raises:
-            StoreUnavailable: the database did not answer.
+            StoreUnavailable: the database did not answer; what was marked by then stays so.
         """
         limit = self._clock.now() - self._unconfirmed_after
 
         def sweep(repos: Repositories) -> int:
-            return repos.credentials.sweep_unconfirmed(limit)
+            return repos.credentials.sweep_unconfirmed(limit, STEP)
 
-        return await self._store.write(sweep)
+        return await self._in_steps(sweep)
 
     async def expire(self) -> int:
         """Mark what is past its validity as EXPIRED; return how many.
 
         Raises:
-            StoreUnavailable: the database did not answer.
+            StoreUnavailable: the database did not answer; what was marked by then stays so.
         """
         now = self._clock.now()
 
         def expire(repos: Repositories) -> int:
-            return repos.credentials.expire(now)
+            return repos.credentials.expire(now, STEP)
 
-        return await self._store.write(expire)
+        return await self._in_steps(expire)
+
+    async def _in_steps(self, step: Callable[[Repositories], int]) -> int:
+        total = 0
+        while True:
+            changed = await self._store.write(step)
+            total += changed
+            if changed < STEP:
+                return total
 
 
 def _intent(
-    grant: Grant, prepared: PreparedX509 | PreparedJwt, now: datetime, correlation_id: str
+    grant: Grant, prepared: PreparedX509 | PreparedJwt, correlation_id: str, now: datetime
 ) -> CredentialIntent:
     if isinstance(prepared, PreparedX509):
         kind, identifier = CredentialKind.X509, prepared.serial

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from identity_broker.store.changes import ChangeFeed
 from identity_broker.store.facade import Store
-from identity_broker.store.ledger import Ledger
+from identity_broker.store.ledger import CommitObserver, Ledger
 from identity_broker.store.repositories import Repositories
+from identity_broker.store.steps import STEP
 
-__all__ = ["ChangeFeed", "Ledger", "Repositories", "Store"]
+__all__ = ["STEP", "ChangeFeed", "CommitObserver", "Ledger", "Repositories", "Store"]

@@ -5,6 +5,7 @@
   write reads stays true until it commits, and outbox numbers are in commit order.
 - SQLite: WAL, synchronous=FULL, foreign keys on; writes begin with BEGIN IMMEDIATE. The file is
   made with mode 0600 in a folder that only its owner may enter.
+- Text that one of the two could not store is a `DataError` on both, before it is sent.
 - Nothing waits for ever: locks and statements are bounded, on both databases.
 - The ledger's appends do not take the advisory lock: they add rows nobody else writes.
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, SQLAlchemyError
 
 from identity_broker.errors import ConfigError, StoreUnavailable
 from identity_broker.store.errors import RETRY_AFTER, translate
@@ -110,6 +111,7 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._turn = WriteTurn()
         self.engine = (_sqlite if self.is_sqlite else _postgresql)(self.url, connections)
+        event.listen(self.engine, "before_cursor_execute", _refuse_unstorable)
 
     def close(self) -> None:
         """Close every connection."""
@@ -120,7 +122,8 @@ class Database:
         """One transaction on a connection of the pool, committed at the end of the block.
 
         Raises:
-            StoreUnavailable, InvariantViolated: for every failure of the database.
+            StoreUnavailable, InvariantViolated, MalformedRequest: for every failure of the
+                database.
         """
         try:
             with self.raw_transaction(mode) as connection:
@@ -276,6 +279,33 @@ def _configure_postgresql(connection: Any, _record: object) -> None:
         for name, seconds in settings.items():
             cursor.execute("SELECT set_config(%s, %s, false)", (name, f"{int(seconds * 1000)}ms"))
     connection.commit()
+
+
+def _refuse_unstorable(
+    _connection: Connection,
+    _cursor: object,
+    statement: str,
+    parameters: Any,
+    _context: object,
+    executemany: bool,  # noqa: FBT001  # SQLAlchemy's signature
+) -> None:
+    # PostgreSQL has no NUL in text, SQLite's own functions stop at it; neither driver can encode
+    # half a surrogate pair, and then raises what SQLAlchemy does not know as the driver's.
+    for row in parameters if executemany else (parameters,):
+        for value in row.values() if isinstance(row, dict) else row:
+            if isinstance(value, str) and ("\0" in value or not _is_encodable(value)):
+                reason = ValueError("a text holds NUL or half a surrogate pair")
+                raise DataError(statement, None, reason, hide_parameters=True)
+
+
+def _is_encodable(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _begin_postgresql(connection: Connection) -> None:

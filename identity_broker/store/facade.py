@@ -23,7 +23,7 @@ from identity_broker.store import schema
 from identity_broker.store.changes import ChangeFeed
 from identity_broker.store.database import Database, Mode
 from identity_broker.store.errors import RETRY_AFTER, is_transient, translate
-from identity_broker.store.ledger import Ledger
+from identity_broker.store.ledger import CommitObserver, Ledger
 from identity_broker.store.repositories import Repositories
 
 T = TypeVar("T")
@@ -44,18 +44,19 @@ class Store:
     Args:
         url: `sqlite:////absolute/path` or `postgresql://…`.
         clock: what entries' times are taken from.
+        on_commit: told of every group commit of the ledger; see `Ledger.observe`.
 
     Raises:
         ConfigError: the URL names no database the broker can use, or its folder is open to others.
     """
 
-    def __init__(self, url: str, *, clock: Clock) -> None:
+    def __init__(self, url: str, *, clock: Clock, on_commit: CommitObserver | None = None) -> None:
         self._clock = clock
         self._database = Database(url, connections=THREADS + 1)
         self._executor: ThreadPoolExecutor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = threading.Event()
-        self.ledger = Ledger(self._database)
+        self.ledger = Ledger(self._database, on_commit)
         self.changes = ChangeFeed(self.read)
 
     async def open(self) -> None:
@@ -94,6 +95,7 @@ class Store:
 
         Raises:
             StoreUnavailable: the database did not answer.
+            MalformedRequest: what is looked for holds a character that cannot be stored.
         """
 
         def transact() -> T:
@@ -109,6 +111,7 @@ class Store:
 
         Raises:
             StoreUnavailable: the database did not answer; the change may or may not be made.
+            MalformedRequest: the change holds a character that cannot be stored.
             BrokerError: what `fn` raised; the change is not made.
         """
         return await self._call(lambda: self._write(fn))
@@ -117,8 +120,9 @@ class Store:
         """Find out whether the database can be written and has this version's schema.
 
         Raises:
-            StoreUnavailable: it cannot, or has not.
+            StoreUnavailable: it cannot, or has not, or the ledger's writer is gone.
         """
+        self.ledger.check()
 
         def look() -> None:
             # A write transaction: a database that can only be read cannot issue anything.

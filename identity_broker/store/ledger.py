@@ -5,6 +5,7 @@
 - Outcomes ride on the next commit; without one they are committed `LINGER` seconds later. They
   outlive failed commits up to a bound; what is lost beyond it the sweeper marks UNCONFIRMED.
 - A failed commit fails every waiter in it; a waiter that is cancelled fails nobody else.
+- The writer outlives whatever is raised in it: waiters are told, the log is told, it goes on.
 - The event loop pays for a tuple a credential, a queue operation a call and a wake-up a commit.
 """
 
@@ -16,8 +17,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
@@ -29,6 +31,8 @@ from identity_broker.store.errors import RETRY_AFTER, is_disconnect, is_transien
 from identity_broker.store.ledger_statements import insert_intents, write_outcomes
 from identity_broker.store.mapping import intent_row
 from identity_broker.telemetry.logs import get_logger
+
+T = TypeVar("T")
 
 LINGER = 0.05
 """Seconds an outcome waits for an intent to share a commit with."""
@@ -44,6 +48,11 @@ _LONGEST_LINGER = 2.0
 _ATTEMPTS = 3
 
 _log = get_logger("store.ledger")
+
+CommitObserver = Callable[[int, float], None]
+"""Told of every group commit: rows (intents and outcomes) and seconds. Called on the writer's
+thread while callers wait: it must be quick and may be called from another thread than it was made
+in. What it raises is logged."""
 
 _AWAKE, _DOZING, _ASLEEP = range(3)
 
@@ -64,7 +73,8 @@ class _Request:
 class Ledger:
     """Appends to the ledger. Built by `Store`; used on the loop that opened the store."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, observe: CommitObserver | None = None) -> None:
+        self.observe = observe
         self._database = database
         self._requests: deque[_Request] = deque()
         self._outcomes: deque[CredentialOutcome] = deque()
@@ -86,8 +96,28 @@ class Ledger:
         """Start the writer thread."""
         self._loop = loop
         self._stopping = False
+        self._linger = LINGER
         self._thread = threading.Thread(target=self._run, name="store-ledger", daemon=True)
         self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Rows that wait for a commit: intents somebody waits for, and outcomes."""
+        intents = sum(len(one.rows) for one in self._waiting if not one.future.done())
+        return intents + len(self._outcomes)
+
+    def check(self) -> None:
+        """Find out whether there is a writer.
+
+        Raises:
+            StoreUnavailable: there is none: nothing can be recorded until the broker starts again.
+        """
+        if self._thread is None:
+            raise StoreUnavailable(detail="the store is not open")
+        if not self._thread.is_alive():
+            raise StoreUnavailable(
+                detail="the ledger's writer is gone", hint="restart the broker; its log says why"
+            )
 
     async def intend(self, intents: Sequence[CredentialIntent]) -> None:
         """Record intents; all of them or none. Returns when they are durable.
@@ -95,6 +125,7 @@ class Ledger:
         Raises:
             StoreUnavailable: they may or may not be durable; nothing may be signed.
             InvariantViolated: an id is in the ledger already, or twice among these.
+            MalformedRequest: an intent holds a character that cannot be stored.
         """
         if intents:
             await self._submit([intent_row(intent) for intent in intents])
@@ -140,9 +171,8 @@ class Ledger:
             _log.error("ledger closed with outcomes unwritten", count=len(self._outcomes))
 
     async def _submit(self, rows: list[tuple[Any, ...]]) -> None:
-        loop = self._loop
-        if loop is None or self._thread is None:
-            raise StoreUnavailable(detail="the store is not open")
+        self.check()
+        loop = asyncio.get_running_loop()
         request = _Request(rows, loop.create_future(), time.monotonic() + PATIENCE)
         self._waiting.append(request)
         if self._watchdog is None:
@@ -181,23 +211,40 @@ class Ledger:
             else:
                 request.future.set_exception(error)
 
+    def _fail_everybody(self, error: BrokerError) -> None:
+        self._settle([(request, error) for request in self._waiting])
+
     # --- on the writer thread -----------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            expecting = False
             while True:
-                self._wait(doze=expecting)
-                if not self._requests and self._stopping:
-                    while self._outcomes and self._commit([]):
-                        pass
+                try:
+                    self._serve()
+                except Exception as error:  # noqa: BLE001  # the ledger outlives its bugs
+                    _log.exception("ledger writer failed")
+                    self._back_off()
+                    self._answer_everybody(_broken(error))
+                    with suppress(queue.Empty):
+                        self._bell.get(timeout=self._linger)
+                else:
                     return
-                requests = self._take()
-                succeeded = self._commit(requests)
-                # Outcomes of what was just intended come soon: doze, so they need not wake us.
-                expecting = succeeded and bool(requests)
         finally:
             self._disconnect()
+
+    def _serve(self) -> None:
+        """Commit what comes, until told to stop."""
+        expecting = False
+        while True:
+            self._wait(doze=expecting)
+            if not self._requests and self._stopping:
+                while self._outcomes and self._commit([]):
+                    pass
+                return
+            requests = self._take()
+            succeeded = self._commit(requests)
+            # Outcomes of what was just intended come soon: doze, so they need not wake us.
+            expecting = succeeded and bool(requests)
 
     def _wait(self, *, doze: bool) -> None:
         """Return when there is something to commit, or to stop for."""
@@ -234,6 +281,7 @@ class Ledger:
 
     def _commit(self, requests: list[_Request]) -> bool:
         """Commit requests and outcomes together; answer every request. Whether it worked."""
+        started = time.perf_counter()
         outcomes = [self._outcomes.popleft() for _ in range(min(len(self._outcomes), MAX_ROWS))]
         rows = list(chain.from_iterable(request.rows for request in requests))
 
@@ -245,7 +293,11 @@ class Ledger:
         def piecemeal(connection: Connection) -> list[BrokerError | None]:
             answers = [_attempt(connection, insert_intents, r.rows) for r in requests]
             if _attempt(connection, write_outcomes, outcomes) is not None:
-                _log.error("ledger outcomes refused by the database", count=len(outcomes))
+                refused = [
+                    one.id for one in outcomes if _attempt(connection, write_outcomes, [one])
+                ]
+                # The sweeper will mark them UNCONFIRMED.
+                _log.error("ledger outcomes refused by the database", count=len(refused))
             return answers
 
         error: BrokerError | None = None
@@ -253,19 +305,26 @@ class Ledger:
         try:
             try:
                 answers = self._transact(everything)
-            except (IntegrityError, DataError):
+            except Exception as failure:
+                if not _is_of_rows(failure):
+                    raise
                 # Somebody's rows are wrong: find out whose, and keep the others'.
                 answers = self._transact(piecemeal)
         except SQLAlchemyError as failure:
             error = translate(failure)
         except BrokerError as failure:
             error = failure
+        except Exception as failure:  # noqa: BLE001  # waiters are told, the log is told
+            _log.exception("ledger commit failed")
+            error = _broken(failure)
         if error is not None:
             self._outcomes.extendleft(reversed(outcomes))
-            self._linger = min(self._linger * 2, _LONGEST_LINGER)
+            self._back_off()
             answers = [error] * len(requests)
         else:
             self._linger = LINGER
+            if rows or outcomes:
+                self._tell(len(rows) + len(outcomes), time.perf_counter() - started)
         self._answer(list(zip(requests, answers, strict=True)))
         return error is None
 
@@ -296,6 +355,17 @@ class Ledger:
                 transaction.commit()
         return answers
 
+    def _back_off(self) -> None:
+        self._linger = min(self._linger * 2, _LONGEST_LINGER)
+
+    def _tell(self, rows: int, seconds: float) -> None:
+        if self.observe is None:
+            return
+        try:
+            self.observe(rows, seconds)
+        except Exception:  # noqa: BLE001  # whoever counts must not end the counted
+            _log.exception("ledger observer failed")
+
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
@@ -307,12 +377,19 @@ class Ledger:
             _log.debug("ledger connection was lost", detail=str(type(error).__name__))
 
     def _answer(self, answers: list[tuple[_Request, BrokerError | None]]) -> None:
-        if not answers or self._loop is None:
+        if answers:
+            self._on_loop(self._settle, answers)
+
+    def _answer_everybody(self, error: BrokerError) -> None:
+        self._on_loop(self._fail_everybody, error)
+
+    def _on_loop(self, tell: Callable[[T], None], what: T) -> None:
+        if self._loop is None:
             return
         try:
-            self._loop.call_soon_threadsafe(self._settle, answers)
+            self._loop.call_soon_threadsafe(tell, what)
         except RuntimeError:
-            _log.warning("event loop closed before the ledger", count=len(answers))
+            _log.warning("event loop closed before the ledger")
 
 
 def _attempt(connection: Connection, work: Callable[..., None], rows: Any) -> BrokerError | None:
@@ -320,5 +397,25 @@ def _attempt(connection: Connection, work: Callable[..., None], rows: Any) -> Br
         with connection.begin_nested():
             work(connection, rows)
     except (IntegrityError, DataError) as error:
-        return InvariantViolated(detail=translate(error).detail)
+        return translate(error)
+    except Exception as error:
+        if not _is_of_rows(error):
+            raise
+        _log.exception("ledger rows refused")
+        return _broken(error)
     return None
+
+
+def _is_of_rows(failure: Exception) -> bool:
+    """Whether what was to be written is at fault, not the database.
+
+    A constraint refused it, or a driver could make nothing of a value: not always an error that
+    SQLAlchemy knows.
+    """
+    return isinstance(failure, (IntegrityError, DataError)) or not isinstance(
+        failure, (SQLAlchemyError, BrokerError)
+    )
+
+
+def _broken(error: Exception) -> InvariantViolated:
+    return InvariantViolated(detail=f"{type(error).__name__} in the ledger's writer")

@@ -17,18 +17,20 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from identity_broker.domain.credential import CredentialOutcome
+from identity_broker.domain.events import AuditKind
 from identity_broker.store.mapping import INTENT_COLUMNS, to_micros
 
 T = TypeVar("T")
 
 _COLUMNS = ", ".join(INTENT_COLUMNS)
+_KIND = AuditKind.CREDENTIAL_ISSUED.value
 _SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 
 _INTENTS = "INSERT INTO credentials ({columns}, state, digest, comment) VALUES {rows}"
 _AUDIT = (
     "WITH v(id, at) AS (VALUES {rows})"
     " INSERT INTO audit_events (at, kind, actor, subject, reason, correlation_id, facts)"
-    " SELECT v.at, 'credential_issued', coalesce(c.node_id, 'broker'), c.id, '',"
+    " SELECT v.at, '{kind}', coalesce(c.node_id, 'broker'), c.id, '',"
     " c.correlation_id, '{{\"spiffe_id\":\"' || c.spiffe_id || '\"}}'"  # no quotes in a SPIFFE ID
     " FROM v JOIN credentials c ON c.id = v.id WHERE c.digest = ''"
 )
@@ -73,7 +75,7 @@ def _run(
 
 @cache
 def _statement(template: str, marks: str, size: int) -> str:
-    return template.format(columns=_COLUMNS, rows=", ".join([marks] * size))
+    return template.format(columns=_COLUMNS, kind=_KIND, rows=", ".join([marks] * size))
 
 
 def _mark(connection: Connection) -> str:

@@ -31,8 +31,9 @@ from identity_broker.domain.credential import CredentialKind, CredentialState, R
 from identity_broker.domain.events import Topic
 from identity_ca.authority import AuthorityKind, AuthorityState
 
-LIVE = "state IN ('intent', 'issued', 'unconfirmed', 'superseded')"
-"""A credential that may be valid and can be revoked: all states but these two."""
+UNREVOKED = "state <> 'revoked'"
+"""A credential that can be revoked as long as its validity lasts. An expired one may be valid
+again: the clock that expired it may have been wrong."""
 DEAD = "state IN ('revoked', 'expired')"
 EXPIRABLE = "state IN ('issued', 'unconfirmed', 'superseded')"
 UNANSWERED = "state = 'intent'"
@@ -141,7 +142,10 @@ class NodeRow(Row, table=True):
     """An attested node."""
 
     __tablename__ = "nodes"
-    __table_args__ = (CheckConstraint("banned OR ban_reason = ''", name="ban_reason"),)
+    __table_args__ = (
+        CheckConstraint("banned OR ban_reason = ''", name="ban_reason"),
+        Index("ix_nodes_expires_at", "expires_at"),
+    )
 
     spiffe_id: str = Field(sa_type=Text, primary_key=True)
     attestor: str = Field(sa_type=Text, nullable=False)
@@ -337,6 +341,19 @@ class OutboxRow(Row, table=True):
     key: str = Field(sa_type=Text, nullable=False)
 
 
+class OutboxMarkRow(Row, table=True):
+    """The one row that says up to which number the outbox was purged; 0 for not at all."""
+
+    __tablename__ = "outbox_mark"
+    __table_args__ = (
+        CheckConstraint("id = 1", name="single"),
+        CheckConstraint("purged_to >= 0", name="purged_to"),
+    )
+
+    id: int = Field(sa_type=Integer, primary_key=True)
+    purged_to: int = Field(sa_type=BigInteger, nullable=False)
+
+
 def _table(row: type[Row]) -> Table:
     return Row.metadata.tables[str(row.__tablename__)]
 
@@ -351,3 +368,4 @@ authorities = _table(AuthorityRow)
 authority_sets = _table(AuthoritySetRow)
 audit_events = _table(AuditRow)
 outbox = _table(OutboxRow)
+outbox_mark = _table(OutboxMarkRow)

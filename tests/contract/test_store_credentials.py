@@ -12,16 +12,25 @@ from identity_broker.domain.credential import (
     Credential,
     CredentialIntent,
     CredentialKind,
+    CredentialOutcome,
     CredentialState,
     RevocationReason,
 )
-from identity_broker.domain.events import AuditKind, Topic
-from identity_broker.domain.paging import CredentialFilter
-from identity_broker.errors import CredentialNotFound, InvariantViolated, PageTokenInvalid
-from identity_broker.store import Repositories, Store
-from identity_broker.store.repositories import retention
+from identity_broker.domain.events import AuditEvent, AuditKind, Topic
+from identity_broker.domain.paging import CredentialFilter, EntryFilter, NodeFilter
+from identity_broker.errors import (
+    CredentialNotFound,
+    InvariantViolated,
+    MalformedRequest,
+    PageTokenInvalid,
+    StoreUnavailable,
+)
+from identity_broker.lifecycle.record import Record
+from identity_broker.store import STEP, Repositories, Store
+from identity_broker.store.database import Mode
+from identity_broker.store.ledger_statements import write_outcomes
 from identity_ca.spiffe_id import SpiffeId
-from support.store import API, NOW, PARENT, all_pages, intent, issued
+from support.store import API, NOW, PARENT, SettableClock, all_pages, intent, issued
 
 OTHER = SpiffeId.parse("spiffe://example.org/orders/api")
 LATER = NOW + timedelta(hours=2)
@@ -286,13 +295,126 @@ async def test_retention_removes_only_what_ended_before(store: Store) -> None:
     assert await state_of(store, live.id) is CredentialState.ISSUED
 
 
-async def test_retention_goes_in_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "STEP", 20)
+async def test_ageing_goes_in_steps(store: Store) -> None:
     await store.ledger.intend([intent() for _ in range(30)])
-    await store.write(lambda r: r.credentials.sweep_unconfirmed(LATER))
+    for step in (
+        lambda r: r.credentials.sweep_unconfirmed(LATER, 20),
+        lambda r: r.credentials.expire(LATER, 20),
+        lambda r: r.retention.purge_credentials(LATER, 20),
+    ):
+        assert [await store.write(step) for _ in range(3)] == [20, 10, 0]
+
+
+async def test_a_step_takes_the_oldest(store: Store) -> None:
+    batch = [intent(recorded_at=NOW + timedelta(seconds=n)) for n in (3, 1, 2)]
+    await store.ledger.intend(batch)
+    await store.write(lambda r: r.credentials.sweep_unconfirmed(LATER, 2))
+    states = [await state_of(store, one.id) for one in batch]
+    assert states == [
+        CredentialState.INTENT,
+        CredentialState.UNCONFIRMED,
+        CredentialState.UNCONFIRMED,
+    ]
+
+
+async def test_record_sweeps_and_expires_to_the_end(store: Store, clock: SettableClock) -> None:
+    record = Record(store, clock, unconfirmed_after=timedelta(minutes=1))
+    count = STEP + 3
+    await store.ledger.intend([intent() for _ in range(count)])
+    clock.time = LATER
+    assert await record.sweep() == count
+    assert await record.expire() == count
+    assert [await record.sweep(), await record.expire()] == [0, 0]
+
+
+async def test_issuing_waits_for_a_step_not_for_all_of_it(
+    store: Store, clock: SettableClock
+) -> None:
+    record = Record(store, clock, unconfirmed_after=timedelta(minutes=1))
+    for _ in range(6):
+        await store.ledger.intend([intent() for _ in range(STEP)])
+    clock.time = LATER
+    ageing = asyncio.ensure_future(record.sweep())
+    issued_meanwhile = 0
+    while not ageing.done():
+        await store.ledger.intend([intent(recorded_at=LATER)])
+        issued_meanwhile += 1
+    assert await ageing == 6 * STEP
+    assert issued_meanwhile > 3, "it came in between the steps"
+
+
+@pytest.mark.postgresql
+async def test_what_another_transaction_holds_is_left_for_another_step(
+    postgres_url: str, clock: SettableClock
+) -> None:
+    store = Store(postgres_url, clock=clock)
+    await store.open()
+    held, free = intent(), intent()
+    await store.ledger.intend([held, free])
+    with store._database.raw_transaction(Mode.APPEND) as connection:
+        write_outcomes(connection, [issued(held)])
+        async with asyncio.timeout(2):
+            assert await store.write(lambda r: r.credentials.sweep_unconfirmed(LATER)) == 1
+    assert await state_of(store, held.id) is CredentialState.ISSUED
+    assert await state_of(store, free.id) is CredentialState.UNCONFIRMED
+    await store.close()
+
+
+async def test_every_swept_credential_is_audited_once(store: Store, clock: SettableClock) -> None:
+    one, two = intent(), intent(node_id=None)
+    await store.ledger.intend([one, two])
+    clock.time = LATER
+    for _ in range(2):
+        await store.write(lambda r: r.credentials.sweep_unconfirmed(LATER))
+    page = await store.read(lambda r: r.audit.page("", 10))
+    assert page.items == [
+        AuditEvent(
+            at=LATER,
+            kind=AuditKind.CREDENTIAL_UNCONFIRMED,
+            actor=actor,
+            subject=swept.id,
+            correlation_id=swept.correlation_id,
+            facts={"spiffe_id": str(API)},
+        )
+        for actor, swept in ((str(PARENT), one), ("broker", two))
+    ]
+
+
+async def test_a_clock_that_ran_ahead_leaves_everything_revocable(store: Store) -> None:
+    by_id, by_identity, revoked = intent(), intent(spiffe_id=OTHER), intent()
+    await issue(store, by_id, by_identity, revoked)
+    await revoke(store, revoked.id)
+    assert await store.write(lambda r: r.credentials.expire(LATER)) == 2
+
+    # The clock is put right.
+    valid = await store.read(lambda r: r.credentials.valid_for(OTHER, NOW))
+    assert [one.id for one in valid] == [by_identity.id]
+    assert await revoke(store, by_id.id, revoked.id) == (1, 1)
+    result = await store.write(
+        lambda r: r.credentials.revoke(
+            spiffe_id=OTHER, reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
+        )
+    )
+    assert [one.id for one in result.revoked] == [by_identity.id]
+    everything = {by_id.id, by_identity.id, revoked.id}
+    listed = await store.read(lambda r: r.credentials.revoked_unexpired(NOW))
+    assert {one.id for one in listed} == everything
+    wanted = CredentialFilter(states=frozenset({CredentialState.REVOKED}))
+    page = await store.read(lambda r: r.credentials.page(wanted, "", 10))
+    assert {one.id for one in page.items} == everything
+    assert everything == {change.key for change in await store.changes.after(0)}
+
+    # And when their time has really come, they are past revoking, and stay revoked.
+    assert await store.write(lambda r: r.credentials.expire(LATER)) == 0
+    assert await state_of(store, by_id.id) is CredentialState.REVOKED
+
+
+async def test_what_has_really_expired_is_past_revoking(store: Store) -> None:
+    one = intent()
+    await issue(store, one)
     await store.write(lambda r: r.credentials.expire(LATER))
-    removed = [await store.write(lambda r: r.retention.purge_credentials(LATER)) for _ in range(3)]
-    assert removed == [20, 10, 0]
+    assert await revoke(store, one.id, at=LATER) == (0, 0)
+    assert await state_of(store, one.id) is CredentialState.EXPIRED
 
 
 async def test_pages_are_newest_first_and_hold_every_match_once(store: Store) -> None:
@@ -326,12 +448,166 @@ async def test_pages_are_newest_first_and_hold_every_match_once(store: Store) ->
     assert await listed(CredentialFilter(spiffe_id=OTHER, node_id=PARENT)) == []
 
 
-@pytest.mark.parametrize("key", ["x", "-1", "1.5", "9" * 30, "\uff11"])
+@pytest.mark.parametrize(
+    "key", ["x", "-1", "1.5", "9" * 30, "9" * 5000, "\uff11", "\x00", "\ud800", "a\nb"]
+)
 async def test_a_made_up_page_key_is_refused(store: Store, key: str) -> None:
     with pytest.raises(PageTokenInvalid):
         await store.read(lambda r: r.credentials.page(CredentialFilter(), key, 1))
     with pytest.raises(PageTokenInvalid):
         await store.read(lambda r: r.audit.page(key, 1))
+    with pytest.raises(PageTokenInvalid):
+        await store.read(lambda r: r.nodes.page(NodeFilter(), key, 1))
+    # Letters and digits up to 64 are an entry's id, whether or not there is one.
+    if key not in {"x", "-1", "1.5", "9" * 30}:
+        with pytest.raises(PageTokenInvalid):
+            await store.read(lambda r: r.entries.page(EntryFilter(), key, 1))
+
+
+async def test_a_character_that_cannot_be_stored_fails_its_caller_alone(store: Store) -> None:
+    good = [intent() for _ in range(6)]
+    results = await asyncio.gather(
+        *[store.ledger.intend([one]) for one in good[:3]],
+        store.ledger.intend([intent(correlation_id="a\x00b")]),
+        store.ledger.intend([intent(correlation_id="\ud800")]),
+        *[store.ledger.intend([one]) for one in good[3:]],
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [
+        *[type(None)] * 3,
+        *[MalformedRequest] * 2,
+        *[type(None)] * 3,
+    ]
+    page = await store.read(lambda r: r.credentials.page(CredentialFilter(), "", 100))
+    assert {item.id for item in page.items} == {one.id for one in good}
+
+
+async def test_an_outcome_that_cannot_be_written_takes_no_other_along(store: Store) -> None:
+    one, two, three = intent(), intent(), intent()
+    await store.ledger.intend([one, two, three])
+    store.ledger.conclude([issued(one), CredentialOutcome(two.id, "\x00", NOW), issued(three)])
+    await store.ledger.flush()
+    states = [await state_of(store, each.id) for each in (one, two, three)]
+    assert states == [CredentialState.ISSUED, CredentialState.INTENT, CredentialState.ISSUED]
+
+
+async def test_a_value_no_driver_can_make_sense_of_does_not_end_the_ledger(store: Store) -> None:
+    good = [intent() for _ in range(4)]
+    results = await asyncio.gather(
+        *[store.ledger.intend([one]) for one in good],
+        store.ledger.intend([intent(entry_revision=2**70)]),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results[:4]] == [type(None)] * 4
+    # SQLite's driver and PostgreSQL itself find different words for it.
+    assert isinstance(results[4], InvariantViolated | MalformedRequest)
+    await store.check()
+    await issue(store, intent())
+
+
+async def test_a_failing_writer_tells_who_waits_and_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = store.ledger._take
+    failures = 2
+
+    def failing():
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise KeyError("bug")
+        return take()
+
+    monkeypatch.setattr(store.ledger, "_take", failing)
+    async with asyncio.timeout(5):
+        with pytest.raises(InvariantViolated):
+            await store.ledger.intend([intent()])
+        await store.check()
+        with pytest.raises(InvariantViolated):
+            await store.ledger.intend([intent()])
+        one = intent()
+        await issue(store, one)
+    assert await state_of(store, one.id) is CredentialState.ISSUED
+
+
+async def test_a_commit_that_fails_for_no_known_reason_keeps_the_outcomes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = intent()
+    await store.ledger.intend([one])
+    commit = store.ledger._transact_once
+
+    def failing(work):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(store.ledger, "_transact_once", failing)
+    store.ledger.conclude([issued(one)])
+    with pytest.raises(InvariantViolated):
+        await store.ledger.flush()
+    monkeypatch.setattr(store.ledger, "_transact_once", commit)
+    await store.ledger.flush()
+    assert await state_of(store, one.id) is CredentialState.ISSUED
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_dead_writer_is_reported_and_not_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying():
+        raise SystemExit
+
+    monkeypatch.setattr(store.ledger, "_take", dying)
+    killed = asyncio.ensure_future(store.ledger.intend([intent()]))
+    while store.ledger._thread is not None and store.ledger._thread.is_alive():
+        await asyncio.sleep(0.01)
+    with pytest.raises(StoreUnavailable, match="writer"):
+        await store.check()
+    async with asyncio.timeout(1):
+        with pytest.raises(StoreUnavailable, match="writer"):
+            await store.ledger.intend([intent()])
+    killed.cancel()
+
+
+async def test_every_group_commit_is_told_of(store: Store) -> None:
+    told: list[tuple[int, float]] = []
+    store.ledger.observe = lambda rows, seconds: told.append((rows, seconds))
+    await store.ledger.intend([intent(), intent()])
+    one = intent()
+    await issue(store, one)
+    await store.ledger.flush()
+    assert sum(rows for rows, _ in told) == 4, "intents and outcomes; empty flushes do not count"
+    assert all(0 < seconds < 10 for _, seconds in told)
+
+    def broken(rows: int, seconds: float) -> None:
+        raise ZeroDivisionError
+
+    store.ledger.observe = broken
+    await issue(store, intent())
+    await store.check()
+
+
+async def test_a_store_is_made_with_its_observer(store_url: str, clock: SettableClock) -> None:
+    told: list[int] = []
+    opened = Store(store_url, clock=clock, on_commit=lambda rows, _seconds: told.append(rows))
+    await opened.open()
+    await opened.ledger.intend([intent()])
+    await opened.close()
+    assert told == [1]
+
+
+async def test_pending_counts_what_waits_for_a_commit(
+    store: Store, store_url: str, clock: SettableClock
+) -> None:
+    assert store.ledger.pending == 0
+    one, two = intent(), intent()
+    waiting = asyncio.ensure_future(store.ledger.intend([one, two]))
+    await asyncio.sleep(0)
+    assert store.ledger.pending == 2
+    await waiting
+    assert store.ledger.pending == 0
+    unopened = Store(store_url, clock=clock)
+    unopened.ledger.conclude([issued(one), issued(two)])
+    assert unopened.ledger.pending == 2
 
 
 async def test_a_duplicate_id_fails_its_caller_alone(store: Store) -> None:

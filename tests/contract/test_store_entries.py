@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +19,13 @@ from identity_broker.errors import (
     EntryExists,
     EntryInvalid,
     EntryNotFound,
+    MalformedRequest,
     SpiffeIdCaseConflict,
     StaleWrite,
 )
 from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
-from support.store import API, NOW, PARENT, SettableClock, all_pages, entry, put_entry
+from support.store import API, NOW, PARENT, SettableClock, all_pages, entry, node, put_entry
 
 UPPER_API = SpiffeId.parse("spiffe://example.org/payments/API")
 LONG_SEGMENT = "x" * 1000
@@ -282,3 +284,22 @@ async def test_a_deleted_entry_takes_its_selectors_with_it(store: Store, tmp_pat
     again = entry("one", selectors=frozenset({Selector("unix", "uid:1")}))
     await store.write(lambda r: r.entries.create(again))
     assert (await store.read(lambda r: r.entries.get("one"))).selectors == again.selectors
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\ud800"], ids=["nul", "surrogate"])
+async def test_a_character_that_cannot_be_stored_is_the_caller_s_mistake(
+    store: Store, text: str
+) -> None:
+    reads: list[Callable[[Repositories], object]] = [
+        lambda r: r.entries.page(EntryFilter(owner=text), "", 1),
+        lambda r: r.entries.get(text),
+        lambda r: r.credentials.get(text),
+    ]
+    for read in reads:
+        with pytest.raises(MalformedRequest, match="cannot be stored") as refused:
+            await store.read(read)
+        assert refused.value.retry_after is None
+    with pytest.raises(MalformedRequest, match="cannot be stored"):
+        await store.write(lambda r: r.nodes.upsert(node(attestor=text)))
+    assert await store.changes.latest() == 0
+    await store.check()

@@ -18,8 +18,10 @@ from identity_broker.domain.node import JoinToken, Node
 from identity_broker.domain.paging import NodeFilter, Page
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import (
+    BrokerError,
     InvariantViolated,
     JoinTokenRejected,
+    MalformedRequest,
     NodeNotFound,
     WatchLagged,
 )
@@ -110,6 +112,27 @@ async def test_node_pages(store: Store) -> None:
     ):
         page = await store.read(page_of(wanted))
         assert len(page.items) == count
+
+
+async def test_a_ban_outlives_its_node_s_svid(store: Store) -> None:
+    def fill(repos: Repositories) -> None:
+        for number in range(3):
+            repos.nodes.upsert(node(f"old{number}"))
+        repos.nodes.upsert(node("banned", banned=True, ban_reason="stolen"))
+        repos.nodes.upsert(node("live", expires_at=NOW + timedelta(days=2)))
+
+    await store.write(fill)
+    seen = await store.changes.latest()
+    limit = node().expires_at
+    assert await store.write(lambda r: r.nodes.prune(limit)) == 0, "not before, but at"
+    later = limit + timedelta(seconds=1)
+    assert [await store.write(lambda r: r.nodes.prune(later, 2)) for _ in range(3)] == [2, 1, 0]
+    left = await store.read(lambda r: r.nodes.all())
+    assert {one.spiffe_id for one in left} == {node("banned").spiffe_id, node("live").spiffe_id}
+    changes = await store.changes.after(seen)
+    assert {(change.topic, change.key) for change in changes} == {
+        (Topic.NODE, str(node(f"old{number}").spiffe_id)) for number in range(3)
+    }
 
 
 # --- join tokens ----------------------------------------------------------------------------------
@@ -302,6 +325,46 @@ async def test_a_reader_behind_retention_is_told(store: Store) -> None:
     assert await store.changes.latest() == latest, "numbers are never used twice"
 
 
+async def test_a_number_skipped_by_an_undone_write_is_no_loss(store: Store) -> None:
+    start = await store.changes.latest()
+    assert start == 0
+
+    def undone(repos: Repositories) -> None:
+        repos.nodes.upsert(node("undone"))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await store.write(undone)
+    await store.write(put_node("first"))
+    changes = await store.changes.after(start)
+    assert [change.key for change in changes] == [str(node("first").spiffe_id)]
+
+
+async def test_a_skipped_number_at_the_edge_of_what_was_purged_is_no_loss(store: Store) -> None:
+    def undone(repos: Repositories) -> None:
+        repos.nodes.upsert(node("undone"))
+        raise ZeroDivisionError
+
+    await store.write(put_node("seen"))
+    seen = await store.changes.latest()
+    with pytest.raises(ZeroDivisionError):
+        await store.write(undone)
+    await store.write(put_node("next"))
+    await store.write(lambda r: r.retention.purge_outbox(0))
+    changes = await store.changes.after(seen)
+    assert [change.key for change in changes] == [str(node("next").spiffe_id)]
+    with pytest.raises(WatchLagged):
+        await store.changes.after(seen - 1)
+
+
+async def test_the_outbox_is_purged_in_steps(store: Store) -> None:
+    for number in range(6):
+        await store.write(put_node(f"n{number}"))
+    purge = lambda r: r.retention.purge_outbox(1, 3)  # noqa: E731
+    assert [await store.write(purge) for _ in range(3)] == [3, 2, 0]
+    assert len(await store.changes.after(await store.changes.latest() - 1)) == 1
+
+
 async def test_a_reader_of_many_writers_misses_nothing(store: Store, store_url: str) -> None:
     others = [Store(store_url, clock=SettableClock()) for _ in range(2)]
     for one in others:
@@ -362,6 +425,29 @@ async def test_a_read_sees_one_moment(store: Store) -> None:
 
     assert await store.read(read_twice) == (0, 0)
     assert len(await store.read(lambda r: r.nodes.all())) == 1
+
+
+async def test_of_a_batch_only_the_item_that_cannot_be_stored_fails(store: Store) -> None:
+    def batch(repos: Repositories) -> list[type]:
+        results: list[type] = []
+        for one in (
+            node("first"),
+            node("nul", attestor="a\x00b"),
+            node("constraint", ban_reason="but no ban"),
+            node("last"),
+        ):
+            try:
+                with repos.savepoint():
+                    repos.nodes.upsert(one)
+            except BrokerError as error:
+                results.append(type(error))
+            else:
+                results.append(Node)
+        return results
+
+    assert await store.write(batch) == [Node, MalformedRequest, InvariantViolated, Node]
+    stored = await store.read(lambda r: r.nodes.all())
+    assert [one.spiffe_id for one in stored] == [node("first").spiffe_id, node("last").spiffe_id]
 
 
 async def test_a_bug_in_the_caller_is_not_an_outage(store: Store) -> None:

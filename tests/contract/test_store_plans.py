@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import event
 
 from identity_broker.domain.credential import RevocationReason
+from identity_broker.domain.events import AuditKind
 from identity_broker.domain.paging import CredentialFilter
 from identity_broker.store import Repositories, Store
 from support.store import API, NOW, PARENT, SettableClock, intent, issued, sqlite_url
@@ -37,6 +38,7 @@ QUERIES: dict[str, Callable[[Repositories], object]] = {
     "valid": lambda r: r.credentials.valid_for(API, NOW),
     "sweep": lambda r: r.credentials.sweep_unconfirmed(LATER),
     "expire": lambda r: r.credentials.expire(LATER),
+    "audit of a sweep": lambda r: r.audit.append_for(AuditKind.CREDENTIAL_UNCONFIRMED, [1, 2], NOW),
     "purge": lambda r: r.retention.purge_credentials(LATER),
 }
 

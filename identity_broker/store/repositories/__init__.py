@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DataError, IntegrityError
 
+from identity_broker.store.errors import translate
 from identity_broker.store.repositories.audit import AuditRepository
 from identity_broker.store.repositories.authorities import AuthorityRepository
 from identity_broker.store.repositories.credentials import CredentialRepository
@@ -31,16 +33,25 @@ class Repositories:
         self.entries = EntryRepository(connection, self.outbox, now)
         self.nodes = NodeRepository(connection, self.outbox)
         self.join_tokens = JoinTokenRepository(connection)
-        self.credentials = CredentialRepository(connection, self.outbox)
         self.authorities = AuthorityRepository(connection, self.outbox)
         self.audit = AuditRepository(connection)
+        self.credentials = CredentialRepository(connection, self.outbox, self.audit, now)
         self.retention = RetentionRepository(connection)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Undo what the block did, and that alone, when it raises: one item of a batch."""
-        with self._connection.begin_nested():
-            yield
+        """Undo what the block did, and that alone, when it raises: one item of a batch.
+
+        Raises:
+            MalformedRequest: the block's values cannot be stored.
+            InvariantViolated: a constraint refused them.
+        """
+        try:
+            with self._connection.begin_nested():
+                yield
+        except (DataError, IntegrityError) as error:
+            # The item's own fault. Anything else is the transaction's, and goes on up to it.
+            raise translate(error) from error
 
 
 __all__ = [

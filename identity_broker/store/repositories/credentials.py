@@ -2,17 +2,19 @@
 
 - Every transition names the states it may start from in its WHERE clause, so of two that race one
   wins and the ledger says which: what is revoked stays revoked.
+- Whether a credential may be valid is for its validity to say, not for the state expired: a clock
+  that ran ahead expires what is valid again when the clock is put right.
 - Revoking is set-based: one statement however many credentials are meant.
 - Nothing is ever removed here; `retention` does that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, false, func, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, false, func, or_, select, text, update
 
 from identity_broker.domain.credential import (
     Credential,
@@ -21,29 +23,39 @@ from identity_broker.domain.credential import (
     RevocationReason,
     RevocationResult,
 )
-from identity_broker.domain.events import Topic
+from identity_broker.domain.events import AuditKind, Topic
 from identity_broker.domain.paging import CredentialFilter, Page
-from identity_broker.errors import CredentialNotFound, PageTokenInvalid
+from identity_broker.errors import CredentialNotFound
 from identity_broker.store.mapping import (
     REVOCATION_COLUMNS,
     credential_from_row,
     revocation_from_row,
     to_micros,
 )
+from identity_broker.store.repositories import page_keys
+from identity_broker.store.repositories.audit import AuditRepository
 from identity_broker.store.repositories.outbox import OutboxRepository
-from identity_broker.store.tables import DEAD, EXPIRABLE, LIVE, UNANSWERED, credentials
+from identity_broker.store.steps import STEP
+from identity_broker.store.tables import DEAD, EXPIRABLE, UNANSWERED, UNREVOKED, credentials
 from identity_ca.spiffe_id import SpiffeId
 
 _CHUNK = 500
-_MAX_SEQ = 2**63 - 1
 
 
 class CredentialRepository:
     """Reads, revokes and ages the ledger."""
 
-    def __init__(self, connection: Connection, outbox: OutboxRepository) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        outbox: OutboxRepository,
+        audit: AuditRepository,
+        now: datetime,
+    ) -> None:
         self._connection = connection
         self._outbox = outbox
+        self._audit = audit
+        self._now = now
 
     def get(self, credential_id: str) -> Credential:
         """The credential with that serial or jti.
@@ -65,7 +77,7 @@ class CredentialRepository:
         """
         query = select(credentials).order_by(credentials.c.seq.desc()).limit(size + 1)
         if before:
-            query = query.where(credentials.c.seq < _seq(before))
+            query = query.where(credentials.c.seq < page_keys.row_number(before))
         if wanted.spiffe_id is not None:
             query = query.where(credentials.c.spiffe_id == str(wanted.spiffe_id))
         if wanted.node_id is not None:
@@ -98,7 +110,7 @@ class CredentialRepository:
             node_id: all credentials issued to that node and through it.
             reason: RFC 5280, section 5.3.1.
             comment: the operator's words.
-            now: the time of revocation; what has expired by then is passed over.
+            now: the time of revocation; what is past its validity by then is passed over.
         """
         moment = to_micros(now)
         revoked: list[Revocation] = []
@@ -114,7 +126,7 @@ class CredentialRepository:
             )
             rows = self._connection.execute(
                 update(credentials)
-                .where(*unexpired, text(LIVE))
+                .where(*unexpired, text(UNREVOKED))
                 .values(
                     state=CredentialState.REVOKED.value,
                     revoked_at=moment,
@@ -155,34 +167,64 @@ class CredentialRepository:
             .where(
                 credentials.c.spiffe_id == str(spiffe_id),
                 credentials.c.not_after > to_micros(now),
-                text(LIVE),
+                text(UNREVOKED),
             )
             .order_by(credentials.c.seq.desc())
         )
         return [credential_from_row(row) for row in self._connection.execute(query)]
 
-    def sweep_unconfirmed(self, older_than: datetime) -> int:
-        """Mark intents recorded before that and without an outcome UNCONFIRMED; return how many."""
-        return self._move(
-            CredentialState.UNCONFIRMED,
-            text(UNANSWERED),
-            credentials.c.recorded_at < to_micros(older_than),
-        )
+    def sweep_unconfirmed(self, older_than: datetime, limit: int = STEP) -> int:
+        """Mark intents recorded before that and without an outcome UNCONFIRMED, one event each.
 
-    def expire(self, now: datetime) -> int:
-        """Mark what is past its validity EXPIRED, but not what is revoked; return how many.
+        Returns:
+            How many; call again while it is `limit`.
+        """
+        due = (
+            select(credentials.c.seq)
+            .where(text(UNANSWERED), credentials.c.recorded_at < to_micros(older_than))
+            .order_by(credentials.c.recorded_at)
+        )
+        numbers = self._move(due, text(UNANSWERED), CredentialState.UNCONFIRMED, limit)
+        self._audit.append_for(AuditKind.CREDENTIAL_UNCONFIRMED, numbers, self._now)
+        return len(numbers)
+
+    def expire(self, now: datetime, limit: int = STEP) -> int:
+        """Mark what is past its validity EXPIRED, but not what is revoked.
 
         An intent without an outcome is swept first, then it can expire.
-        """
-        return self._move(
-            CredentialState.EXPIRED, text(EXPIRABLE), credentials.c.not_after <= to_micros(now)
-        )
 
-    def _move(self, state: CredentialState, *conditions: ColumnElement[bool] | Any) -> int:
-        moved = self._connection.execute(
-            update(credentials).where(*conditions).values(state=state.value)
+        Returns:
+            How many; call again while it is `limit`.
+        """
+        due = (
+            select(credentials.c.seq)
+            .where(text(EXPIRABLE), credentials.c.not_after <= to_micros(now))
+            .order_by(credentials.c.not_after)
         )
-        return int(moved.rowcount)
+        return len(self._move(due, text(EXPIRABLE), CredentialState.EXPIRED, limit))
+
+    def _move(
+        self,
+        due: Select[Any],
+        allowed: ColumnElement[bool] | Any,
+        state: CredentialState,
+        limit: int,
+    ) -> Sequence[int]:
+        """Put a step of what is due into that state; return the numbers of the rows.
+
+        On PostgreSQL the ledger writes outcomes meanwhile: what it holds is left for another step,
+        what is taken here stays as it was read until the commit.
+        """
+        due_now = self._connection.execute(
+            due.limit(limit).with_for_update(skip_locked=True)  # SQLite: alone in any case
+        )
+        numbers = due_now.scalars().all()
+        self._connection.execute(
+            update(credentials)
+            .where(credentials.c.seq.in_(numbers), allowed)
+            .values(state=state.value)
+        )
+        return numbers
 
 
 def _named(
@@ -201,9 +243,3 @@ def _named(
         for start in range(0, len(wanted), _CHUNK)
     )
     return named
-
-
-def _seq(key: str) -> int:
-    if not (key.isascii() and key.isdigit()) or int(key) > _MAX_SEQ:
-        raise PageTokenInvalid
-    return int(key)

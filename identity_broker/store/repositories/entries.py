@@ -38,6 +38,7 @@ from identity_broker.errors import (
     StaleWrite,
 )
 from identity_broker.store import mapping
+from identity_broker.store.repositories import page_keys
 from identity_broker.store.repositories.outbox import OutboxRepository
 from identity_broker.store.tables import entries, entry_selectors, spiffe_ids
 from identity_ca.spiffe_id import SpiffeId
@@ -166,8 +167,12 @@ class EntryRepository:
         return found
 
     def page(self, wanted: EntryFilter, after: str, size: int) -> Page[RegistrationEntry]:
-        """A page in the order of ids, beginning behind the id `after` (empty: at the first)."""
-        query = select(entries).where(entries.c.id > after)
+        """A page in the order of ids, beginning behind the id `after` (empty: at the first).
+
+        Raises:
+            PageTokenInvalid: `after` is not a key of a page.
+        """
+        query = select(entries).where(entries.c.id > page_keys.entry_id(after))
         if wanted.spiffe_id is not None:
             query = query.where(entries.c.spiffe_id == str(wanted.spiffe_id))
         if wanted.parent_id is not None:

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from identity_broker.domain.node import JoinToken
 from identity_broker.errors import JoinTokenRejected
 from identity_broker.store.mapping import join_token_from_row, join_token_values, to_micros
+from identity_broker.store.steps import STEP
 from identity_broker.store.tables import join_tokens
 
 
@@ -67,9 +68,18 @@ class JoinTokenRepository:
             update(join_tokens).where(join_tokens.c.token_hash == token_hash).values(used_at=None)
         )
 
-    def purge(self, now: datetime) -> int:
-        """Remove tokens that have expired, used or not; return how many."""
-        gone = self._connection.execute(
-            delete(join_tokens).where(join_tokens.c.expires_at <= to_micros(now))
+    def purge(self, now: datetime, limit: int = STEP) -> int:
+        """Remove tokens that have expired, used or not.
+
+        Returns:
+            How many; call again while it is `limit`.
+        """
+        due = (
+            select(join_tokens.c.token_hash)
+            .where(join_tokens.c.expires_at <= to_micros(now))
+            .order_by(join_tokens.c.expires_at)
+            .limit(limit)
         )
-        return int(gone.rowcount)
+        hashes = self._connection.execute(due).scalars().all()
+        self._connection.execute(delete(join_tokens).where(join_tokens.c.token_hash.in_(hashes)))
+        return len(hashes)

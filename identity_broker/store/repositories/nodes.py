@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from identity_broker.domain.events import Topic
 from identity_broker.domain.node import Node
 from identity_broker.domain.paging import NodeFilter, Page
 from identity_broker.errors import NodeNotFound
-from identity_broker.store.mapping import node_from_row, node_values
+from identity_broker.store.mapping import node_from_row, node_values, to_micros
+from identity_broker.store.repositories import page_keys
 from identity_broker.store.repositories.outbox import OutboxRepository
+from identity_broker.store.steps import STEP
 from identity_broker.store.tables import nodes
 from identity_ca.spiffe_id import SpiffeId
 
@@ -60,9 +64,26 @@ class NodeRepository:
         self._outbox.append(Topic.NODE, str(node_id))
         return node
 
+    def prune(self, expired_before: datetime, limit: int = STEP) -> int:
+        """Remove nodes whose SVID expired before that; a banned one stays, and stays banned.
+
+        Returns:
+            How many; call again while it is `limit`.
+        """
+        gone = [nodes.c.expires_at < to_micros(expired_before), nodes.c.banned.is_(False)]
+        due = select(nodes.c.spiffe_id).where(*gone).order_by(nodes.c.expires_at).limit(limit)
+        ids = self._connection.execute(due).scalars().all()
+        self._connection.execute(delete(nodes).where(nodes.c.spiffe_id.in_(ids), *gone))
+        self._outbox.append_all(Topic.NODE, ids)
+        return len(ids)
+
     def page(self, wanted: NodeFilter, after: str, size: int) -> Page[Node]:
-        """A page in the order of SPIFFE IDs, beginning behind `after` (empty: at the first)."""
-        query = select(nodes).where(nodes.c.spiffe_id > after)
+        """A page in the order of SPIFFE IDs, beginning behind `after` (empty: at the first).
+
+        Raises:
+            PageTokenInvalid: `after` is not a key of a page.
+        """
+        query = select(nodes).where(nodes.c.spiffe_id > page_keys.node_id(after))
         if wanted.attestor:
             query = query.where(nodes.c.attestor == wanted.attestor)
         if wanted.banned is not None:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, func, insert, select
 
 from identity_broker.domain.events import Change, Topic
 from identity_broker.store.mapping import change_from_row
-from identity_broker.store.tables import outbox
+from identity_broker.store.tables import outbox, outbox_mark
 
 _APPEND = insert(outbox).returning(outbox.c.seq)
 
@@ -46,6 +46,9 @@ class OutboxRepository:
         """The highest number; 0 when nothing ever changed."""
         return int(self._connection.execute(select(func.max(outbox.c.seq))).scalar() or 0)
 
-    def oldest(self) -> int:
-        """The lowest number that retention has left; 0 when there is none."""
-        return int(self._connection.execute(select(func.min(outbox.c.seq))).scalar() or 0)
+    def purged_to(self) -> int:
+        """The number up to which retention removed changes; 0 when it never did.
+
+        Not the lowest number left: numbers are skipped where a transaction was undone.
+        """
+        return int(self._connection.execute(select(outbox_mark.c.purged_to)).scalar() or 0)

@@ -1,16 +1,17 @@
-"""What is removed for good, in steps small enough not to keep the ledger waiting."""
+"""What is removed for good, in steps small enough not to keep the ledger waiting.
+
+The audit log is not among it: nothing removes a line of that.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, func, select, text
+from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from identity_broker.store.mapping import to_micros
-from identity_broker.store.tables import DEAD, credentials, outbox
-
-STEP = 5_000
-"""Rows one call removes at most."""
+from identity_broker.store.steps import STEP
+from identity_broker.store.tables import DEAD, credentials, outbox, outbox_mark
 
 
 class RetentionRepository:
@@ -19,35 +20,44 @@ class RetentionRepository:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def purge_credentials(self, before: datetime) -> int:
+    def purge_credentials(self, before: datetime, limit: int = STEP) -> int:
         """Remove expired and revoked credentials whose validity ended before that.
 
         Returns:
-            How many; call again while it is `STEP`.
+            How many; call again while it is `limit`.
         """
         old = (
             select(credentials.c.seq)
             .where(text(DEAD), credentials.c.not_after < to_micros(before))
             .order_by(credentials.c.not_after)
-            .limit(STEP)
+            .limit(limit)
         )
-        gone = self._connection.execute(delete(credentials).where(credentials.c.seq.in_(old)))
-        return int(gone.rowcount)
+        numbers = self._connection.execute(old).scalars().all()
+        self._connection.execute(delete(credentials).where(credentials.c.seq.in_(numbers)))
+        return len(numbers)
 
-    def purge_outbox(self, keep: int) -> int:
+    def purge_outbox(self, keep: int, limit: int = STEP) -> int:
         """Remove all but the newest `keep` changes (at least one stays).
 
         A reader that had not seen one of them learns so from `ChangeFeed.after`.
 
         Returns:
-            How many; call again while it is `STEP`.
+            How many; call again while it is `limit`.
         """
         newest = self._connection.execute(select(func.max(outbox.c.seq))).scalar() or 0
         old = (
             select(outbox.c.seq)
             .where(outbox.c.seq <= newest - max(keep, 1))
             .order_by(outbox.c.seq)
-            .limit(STEP)
+            .limit(limit)
         )
-        gone = self._connection.execute(delete(outbox).where(outbox.c.seq.in_(old)))
-        return int(gone.rowcount)
+        numbers = self._connection.execute(old).scalars().all()
+        if numbers:
+            self._connection.execute(delete(outbox).where(outbox.c.seq <= numbers[-1]))
+            self._mark(numbers[-1])
+        return len(numbers)
+
+    def _mark(self, purged_to: int) -> None:
+        marked = self._connection.execute(update(outbox_mark).values(purged_to=purged_to))
+        if not marked.rowcount:
+            self._connection.execute(insert(outbox_mark).values(id=1, purged_to=purged_to))
