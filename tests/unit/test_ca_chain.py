@@ -11,9 +11,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtensionOID
 
 from identity_ca.bundle import TrustBundle
 from identity_ca.chain import verify_x509_svid
+from identity_ca.der import element
 from identity_ca.errors import ChainRejected
 from identity_ca.keys import KeyAlgorithm, LocalSigningKey, key_fingerprint, signature_hash
 from identity_ca.spiffe_id import TrustDomain
@@ -242,6 +244,17 @@ def test_x_11_nobody_of_the_bundle_issued_it() -> None:
             lambda e: (*e, (x509.PolicyConstraints(0, None), True)),
             "unknown critical",
         ),
+        (
+            lambda e: (*e, (x509.InhibitAnyPolicy(0), True)),
+            "unknown critical",
+        ),
+        (
+            lambda e: (
+                *e,
+                (x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.33"), b"\x30\x00"), True),
+            ),
+            "unknown critical",
+        ),
     ],
 )
 def test_x_11_an_issuer_must_be_a_ca(change: Callable[[Extensions], Extensions], why: str) -> None:
@@ -466,3 +479,211 @@ def test_old_and_new_root_in_one_bundle() -> None:
 def test_a_damaged_anchor_is_a_refusal() -> None:
     bundle = TrustBundle(TRUST_DOMAIN, x509_authorities=(b"not DER",))
     assert "cannot be read" in refused(leaf(), BELOW.intermediate, bundle=bundle)
+
+
+# --- RFC 5280 section 6.1, the corners -----------------------------------------------------------
+
+
+def names_only(trust_domain: str) -> x509.NameConstraints:
+    return x509.NameConstraints([x509.UniformResourceIdentifier(trust_domain)], None)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_the_signature_of_every_certificate_counts() -> None:
+    """An intermediate that only says that the root issued it, with a leaf that it did issue."""
+    impostor = authority("impostor", EXTRA_KEY, BELOW.root, EXTRA_KEY)
+    below = leaf(issuer=impostor, issuer_key=EXTRA_KEY)
+    assert "a signature does not verify" in refused(below, impostor)
+    honest = authority("impostor", EXTRA_KEY, BELOW.root, ROOT_KEY)
+    verify_x509_svid([der(below), der(honest)], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_the_first_second_counts() -> None:
+    good = leaf()
+    start = good.not_valid_before_utc
+    chain = [der(good), der(BELOW.intermediate)]
+    with pytest.raises(ChainRejected, match="not valid yet"):
+        verify_x509_svid(chain, bundle=BELOW.bundle, now=start - timedelta(microseconds=1))
+    begins = leaf(not_before=NOW.replace(microsecond=0))
+    verify_x509_svid(
+        [der(begins), der(BELOW.intermediate)],
+        bundle=BELOW.bundle,
+        now=begins.not_valid_before_utc,
+    )
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_path_length_counts_every_certificate_below() -> None:
+    key = signing_key(nth=94)
+    root = authority("root", key, None, key, ca_extensions(path_length=1))
+    unlimited = ca_extensions(path_length=None)
+    upper = authority("upper", CA_KEY, root, key, unlimited)
+    lower = authority("lower", EXTRA_KEY, upper, CA_KEY, unlimited)
+    chain = [leaf(issuer=lower, issuer_key=EXTRA_KEY), lower, upper]
+    assert "path length" in refused(*chain, bundle=bundle_of(root))
+    wide = authority("root", key, None, key, ca_extensions(path_length=2))
+    verify_x509_svid([der(each) for each in chain], bundle=bundle_of(wide), now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_a_self_issued_intermediate_is_neither_counted_nor_named() -> None:
+    """A CA that certifies its own next key: same name, so no step down (section 6.1.4 l)."""
+    free = ca_extensions(path_length=0, trust_domain=None)
+    old = authority(
+        "ca", CA_KEY, BELOW.root, ROOT_KEY, replaced(free, names_only("example.org"), critical=True)
+    )
+    named = replaced(free, uri_san("spiffe://example.com"), critical=False)
+    fresh = authority("ca", EXTRA_KEY, old, CA_KEY, named)
+    assert fresh.subject == fresh.issuer
+    chain = [leaf(issuer=fresh, issuer_key=EXTRA_KEY), fresh, old]
+    verify_x509_svid([der(each) for each in chain], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_the_end_of_a_path_is_named_even_when_it_is_self_issued() -> None:
+    limited = authority(
+        "same",
+        EXTRA_KEY,
+        BELOW.root,
+        ROOT_KEY,
+        replaced(ca_extensions(trust_domain=None), names_only("example.com"), critical=True),
+    )
+    end = authority("same", workload_key(), limited, EXTRA_KEY, leaf_extensions())
+    assert end.subject == end.issuer
+    assert "name constraints" in refused(end, limited)
+
+
+@pytest.mark.clause("X-11")
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("spiffe://example.org", ""),
+        ("https://somebody@example.org:443/path", ""),
+        ("https://EXAMPLE.org", ""),
+        ("spiffe://example.com", "name constraints"),
+        ("https://example.org@example.com/", "name constraints"),
+        ("https://example.com/example.org", "name constraints"),
+        ("urn:example.org", "name constraints"),
+        ("spiffe://", "name constraints"),
+    ],
+)
+def test_x_11_name_constraints_bind_intermediates(uri: str, why: str) -> None:
+    """The root permits URIs of example.org alone, to whoever stands below it."""
+    free = ca_extensions(trust_domain=None)
+    below = authority(
+        "below", EXTRA_KEY, BELOW.root, ROOT_KEY, replaced(free, uri_san(uri), critical=False)
+    )
+    chain = [leaf(issuer=below, issuer_key=EXTRA_KEY), below]
+    if why:
+        assert why in refused(*chain)
+    else:
+        verify_x509_svid([der(each) for each in chain], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+@pytest.mark.parametrize("permitted", [True, False])
+def test_x_11_constraints_on_directory_names_bind_a_subject(permitted: bool) -> None:
+    names = [x509.DirectoryName(x509.Name.from_rfc4514_string("CN=elsewhere"))]
+    limits = x509.NameConstraints(names if permitted else None, None if permitted else names)
+    limited = authority(
+        "limited",
+        EXTRA_KEY,
+        BELOW.root,
+        ROOT_KEY,
+        replaced(ca_extensions(trust_domain=None), limits, critical=True),
+    )
+    named = authority("named", workload_key(), limited, EXTRA_KEY, leaf_extensions())
+    assert "not supported" in refused(named, limited)
+    nameless = leaf(issuer=limited, issuer_key=EXTRA_KEY)
+    verify_x509_svid([der(nameless), der(limited)], bundle=BELOW.bundle, now=NOW)
+
+
+@pytest.mark.clause("X-11")
+def test_x_11_critical_extensions_of_a_leaf() -> None:
+    policy = x509.PolicyInformation(x509.ObjectIdentifier("1.2.3"), None)
+    known = (*leaf_extensions(), (x509.CertificatePolicies([policy]), True))
+    verify_x509_svid([der(leaf(known)), der(BELOW.intermediate)], bundle=BELOW.bundle, now=NOW)
+    foreign = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), b"\x05\x00")
+    ignored = (*leaf_extensions(), (foreign, False))
+    verify_x509_svid([der(leaf(ignored)), der(BELOW.intermediate)], bundle=BELOW.bundle, now=NOW)
+    unknown = (*leaf_extensions(), (foreign, True))
+    assert "unknown critical" in refused(leaf(unknown), BELOW.intermediate)
+
+
+def test_a_damaged_intermediate_does_not_hide_a_good_one() -> None:
+    broken = x509.UnrecognizedExtension(ExtensionOID.BASIC_CONSTRAINTS, b"\x05\x00")
+    damaged = (
+        x509.CertificateBuilder()
+        .subject_name(BELOW.intermediate.subject)
+        .issuer_name(BELOW.root.subject)
+        .public_key(CA_KEY.public_key)
+        .serial_number(1)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+        .add_extension(broken, critical=True)
+        .sign(ROOT_KEY.as_private_key(), signature_hash(ROOT_KEY.algorithm))
+    )
+    for chain in (
+        [leaf(), damaged, BELOW.intermediate],
+        [leaf(), BELOW.intermediate, damaged],
+    ):
+        verify_x509_svid([der(each) for each in chain], bundle=BELOW.bundle, now=NOW)
+    assert "cannot be read" in refused(leaf(), damaged)
+
+
+def signed_by_hand(tbs: bytes, sign: Callable[[bytes], bytes], algorithm: bytes) -> bytes:
+    """A certificate of those bytes; `algorithm` is the AlgorithmIdentifier they name."""
+    signature = sign(tbs)
+    return element(0x30, tbs + algorithm + element(0x03, b"\0" + signature))
+
+
+def test_only_version_3_is_read() -> None:
+    tbs = leaf().tbs_certificate_bytes
+    ecdsa = bytes.fromhex("300a06082a8648ce3d040302")
+    same = signed_by_hand(tbs, CA_KEY.sign, ecdsa)
+    verify_x509_svid([same, der(BELOW.intermediate)], bundle=BELOW.bundle, now=NOW)
+    version = bytes.fromhex("a003020102")
+    assert tbs[4:9] == version
+    for other, why in ((b"", "version 3"), (bytes.fromhex("a003020101"), "cannot be read")):
+        changed = element(0x30, other + tbs[9:])
+        with pytest.raises(ChainRejected, match=why):
+            verify_x509_svid(
+                [signed_by_hand(changed, CA_KEY.sign, ecdsa), der(BELOW.intermediate)],
+                bundle=BELOW.bundle,
+                now=NOW,
+            )
+
+
+def test_rsa_pss_is_as_good_as_its_digest() -> None:
+    key = signing_key(KeyAlgorithm.RSA_2048, 91)
+    private_key = key.as_private_key()
+    assert isinstance(private_key, rsa.RSAPrivateKey)
+    below = hierarchy(algorithm=KeyAlgorithm.RSA_2048)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(below.root.subject)
+        .public_key(workload_key().public_key)
+        .serial_number(1)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+    )
+    for value, critical in leaf_extensions():
+        builder = builder.add_extension(value, critical)
+    scheme = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
+    good = builder.sign(private_key, hashes.SHA256(), rsa_padding=scheme)
+    verify_x509_svid([der(good)], bundle=below.bundle, now=NOW)
+    # RSASSA-PSS without parameters means SHA-1 (RFC 4055 section 3.1).
+    plain = builder.sign(private_key, hashes.SHA256()).tbs_certificate_bytes
+    sha256 = bytes.fromhex("300d06092a864886f70d01010b0500")
+    pss_of_sha1 = bytes.fromhex("300d06092a864886f70d01010a3000")
+    assert plain.count(sha256) == 1
+    weak = padding.PSS(padding.MGF1(hashes.SHA1()), hashes.SHA1.digest_size)
+    forged = signed_by_hand(
+        plain.replace(sha256, pss_of_sha1),
+        lambda tbs: private_key.sign(tbs, weak, hashes.SHA1()),
+        pss_of_sha1,
+    )
+    with pytest.raises(ChainRejected, match="weak or unknown algorithm"):
+        verify_x509_svid([forged], bundle=below.bundle, now=NOW)

@@ -15,7 +15,7 @@ from identity_ca.authority_certificate import issuer_facts
 from identity_ca.errors import LintFailed
 from identity_ca.keys import KeyAlgorithm, spki_der
 from identity_ca.lint import Expectations, lint_tbs
-from identity_ca.profile import INTERMEDIATE, WORKLOAD
+from identity_ca.profile import INTERMEDIATE, WORKLOAD, X509Profile
 from identity_ca.serial import new_serial
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from identity_ca.template import encode_authority_tbs, subject_key_id
@@ -322,3 +322,205 @@ def test_what_prepare_makes_passes_against_facts_from_the_certificate_alone() ->
         csr=csr_der(), spiffe_id=WORKLOAD_ID, profile=WORKLOAD, ttl=HOUR, now=NOW
     )
     lint_tbs(prepared.tbs, WORKLOAD, GOOD)
+
+
+# --- the same certificate, written otherwise -----------------------------------------------------
+#
+# A reader written by hand has to be shown what it must not read. These tests take a good
+# certificate apart into all its elements, those inside of extension values included, and put it
+# together again with one of them changed and every length around it right.
+
+
+def shortest(length: int) -> bytes:
+    if length < 128:
+        return bytes((length,))
+    raw = length.to_bytes((length.bit_length() + 7) // 8, "big")
+    return bytes((0x80 | len(raw),)) + raw
+
+
+@dataclasses.dataclass
+class Element:
+    """One DER element: `inside` where it holds others, else `content`."""
+
+    tag: int
+    content: bytes = b""
+    inside: list[Element] | None = None
+    says: Callable[[int], bytes] = shortest
+
+    def der(self) -> bytes:
+        inside = self.inside
+        body = self.content if inside is None else b"".join(each.der() for each in inside)
+        return bytes((self.tag,)) + self.says(len(body)) + body
+
+    def all(self) -> list[Element]:
+        return [self, *(below for each in self.inside or [] for below in each.all())]
+
+    def at(self, *places: int) -> Element:
+        found = self
+        for place in places:
+            assert found.inside is not None
+            found = found.inside[place]
+        return found
+
+
+def longer(length: int) -> bytes:
+    raw = length.to_bytes((length.bit_length() + 7) // 8 + (length >= 128), "big")
+    return bytes((0x80 | len(raw),)) + raw
+
+
+def elements(data: bytes) -> list[Element]:
+    found = []
+    while data:
+        tag, length, start = data[0], data[1], 2
+        if length >= 0x80:
+            start += length - 0x80
+            length = int.from_bytes(data[2:start], "big")
+        content, data = data[start : start + length], data[start + length :]
+        assert len(content) == length
+        # An OCTET STRING is the value of an extension, and holds DER.
+        holds_others = tag & 0x20 or (tag == 0x04 and content[:1] in (b"\x30", b"\x03", b"\x04"))
+        if holds_others:
+            found.append(Element(tag, inside=elements(content)))
+        else:
+            found.append(Element(tag, content))
+    return found
+
+
+def taken_apart(data: bytes) -> Element:
+    (whole,) = elements(data)
+    assert whole.der() == data
+    return whole
+
+
+def extension(whole: Element, oid: str) -> Element:
+    """By the last byte of its OID, 2.5.29.x."""
+    for each in whole.at(-1, 0).inside or []:
+        if each.at(0).content == bytes.fromhex("551d" + oid):
+            return each
+    raise AssertionError(oid)
+
+
+KINDS: dict[str, tuple[Callable[[], bytes], X509Profile, Expectations]] = {
+    "leaf": (tbs, WORKLOAD, GOOD),
+    "authority": (authority, INTERMEDIATE, CA),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("added", [b"\x05\x00", b"\x30\x00", b"\x00"])
+def test_nothing_can_be_added_anywhere(kind: str, added: bytes) -> None:
+    make, profile, expected = KINDS[kind]
+    good = make()
+    places = [n for n, each in enumerate(taken_apart(good).all()) if each.inside is not None]
+    assert len(places) > 25
+    for place in places:
+        changed = taken_apart(good)
+        inside = changed.all()[place].inside
+        assert inside is not None
+        inside.append(Element(added[0], says=lambda _: added[1:]))
+        with pytest.raises(LintFailed):
+            lint_tbs(changed.der(), profile, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_length_is_the_shortest(kind: str) -> None:
+    make, profile, expected = KINDS[kind]
+    good = make()
+    for place in range(len(taken_apart(good).all())):
+        changed = taken_apart(good)
+        changed.all()[place].says = longer
+        with pytest.raises(LintFailed):
+            lint_tbs(changed.der(), profile, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by", [1, -1])
+def test_every_length_is_the_contents(kind: str, by: int) -> None:
+    make, profile, expected = KINDS[kind]
+    good = make()
+    for place in range(len(taken_apart(good).all())):
+        changed = taken_apart(good)
+        changed.all()[place].says = lambda length: shortest(max(length + by, 0))
+        data = changed.der()
+        if data == good:  # nothing is not one less than nothing
+            continue
+        with pytest.raises(LintFailed):
+            lint_tbs(data, profile, expected)
+
+
+@pytest.mark.parametrize("place", [0, 6])
+def test_an_extension_cannot_hide_another_of_its_kind(place: int) -> None:
+    """Whichever of two a verifier reads, the linter has seen it."""
+    changed = taken_apart(tbs())
+    extensions = changed.at(-1, 0).inside
+    assert extensions is not None
+    (usage,) = elements(extension(changed, "0f").der())
+    usage.at(-1, 0).content = bytes.fromhex("0106")  # keyCertSign and cRLSign
+    extensions.insert(place, usage)
+    assert "twice" in refused(changed.der())
+
+
+def test_a_serial_number_is_positive_and_fills_its_octets() -> None:
+    assert "20 octets" in refused(tbs(serial=1 << 151))  # 20 octets, the first of them zero
+    changed = taken_apart(tbs())
+    changed.at(1).content = b"\xff" + changed.at(1).content[1:]
+    assert "20 octets" in refused(changed.der())
+
+
+def test_the_beginning_counts_as_much_as_the_end() -> None:
+    later = dataclasses.replace(GOOD, not_before=WHOLE)
+    assert "asked for" in refused(tbs(), later)
+
+
+def test_a_life_of_no_length_is_refused() -> None:
+    moment = WHOLE - timedelta(seconds=10)
+    data = tbs(not_after=timedelta(seconds=-10))
+    assert "empty" in refused(data, dataclasses.replace(GOOD, not_after=moment))
+
+
+@pytest.mark.parametrize(
+    ("tag", "text"),
+    [
+        (0x18, b"20260301115950Z"),  # the long form, years before its time
+        (0x17, b"26030111595 Z"),
+        (0x17, b"2603 1115950Z"),
+        (0x17, b"26+301115950Z"),
+        (0x17, b"260301115950+"),
+        (0x17, b"261301115950Z"),
+        (0x17, b"2603011159Z"),
+    ],
+)
+def test_a_time_has_one_form(tag: int, text: bytes) -> None:
+    changed = taken_apart(tbs())
+    moment = changed.at(4, 0)
+    assert (moment.tag, moment.content) == (0x17, b"260301115950Z")
+    moment.tag, moment.content = tag, text
+    assert "DER of the expected structure" in refused(changed.der())
+
+
+def test_a_key_is_whole_octets() -> None:
+    spki = taken_apart(SPKI)
+    assert spki.at(1).content[:1] == b"\x00"
+    spki.at(1).content = b"\x01" + spki.at(1).content[1:]
+    data = tbs().replace(SPKI, spki.der())
+    assert "whole octets" in refused(data, dataclasses.replace(GOOD, spki=spki.der()))
+
+
+def test_the_length_of_an_rsa_key_cannot_be_padded() -> None:
+    """A zero octet in front of a modulus whose top bit is not set makes it look a bit longer."""
+    rsa = spki_der(workload_key(KeyAlgorithm.RSA_2048).public_key)
+    modulus = rsa.index(b"\x02\x82\x01\x01\x00") + 5
+    short = rsa[:modulus] + bytes((rsa[modulus] & 0x7F,)) + rsa[modulus + 1 :]
+    key_id = x509.SubjectKeyIdentifier(subject_key_id(short))
+    data = tbs(replaced(ALL, key_id, critical=False), algorithm=KeyAlgorithm.RSA_2048)
+    expected = dataclasses.replace(GOOD, spki=short)
+    assert "profile allows" in refused(data.replace(rsa, short), expected)
+
+
+def test_an_authority_has_no_name_beside_its_trust_domain() -> None:
+    changed = taken_apart(authority())
+    names = extension(changed, "11").at(-1, 0).inside
+    assert names is not None
+    names.append(Element(0x82, b"example.org"))
+    with pytest.raises(LintFailed, match="X-5"):
+        lint_tbs(changed.der(), INTERMEDIATE, CA)
