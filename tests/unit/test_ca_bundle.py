@@ -662,3 +662,45 @@ def test_a_root_made_here_is_a_ca_of_its_domain():
     key = LocalSigningKey("memory:r@1", ec.generate_private_key(ec.SECP256R1()))
     root = build_root(key, trust_domain=TRUST_DOMAIN, ttl=DAY, now=NOW)
     assert TrustBundle.from_pem(TRUST_DOMAIN, pem(root)).x509_authorities == (der(root),)
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+def test_the_longest_kid_is_read():
+    assert read(document(keys=[jwt_jwk(kid="k" * 1024)])).jwt_keys[0].key_id == "k" * 1024
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b64: b64[:40] + "\n" + b64[40:],
+        lambda b64: b64[:40] + " " + b64[40:],
+        lambda b64: "!" + b64,
+        lambda b64: b64 + "====",
+        lambda b64: b64[:40] + "-_-_" + b64[40:],
+        lambda b64: b64 + "\n",
+    ],
+)
+def test_x5c_is_strict_base64(change):
+    """RFC 7517 section 4.7: no line breaks and no other alphabet; nothing is skipped in silence."""
+    good = x509_jwk()["x5c"][0]
+    assert read(document(keys=[x509_jwk(x5c=[good])])).x509_authorities
+    assert '"x5c" is not base64' in refused(document(keys=[x509_jwk(x5c=[change(good)])]))
+
+
+@pytest.mark.parametrize("hint", [315_360_001, 10**15, (1 << 64) - 1])
+def test_a_refresh_hint_of_more_than_ten_years_refuses_the_bundle(hint):
+    """However long: also where no time span could hold it."""
+    assert "refresh hint" in refused(document(spiffe_refresh_hint=hint))
+    assert read(document(spiffe_refresh_hint=315_360_000)).refresh_hint == timedelta(days=3650)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_library_that_warns_of_a_serial_number_is_a_refusal_too():
+    certificate = der(root_certificate())
+    serial = root_certificate().serial_number.to_bytes(20, "big")
+    negative = certificate.replace(serial, b"\xff" + serial[1:], 1)
+    assert negative != certificate
+    with pytest.raises(BundleRejected):
+        TrustBundle(TRUST_DOMAIN, x509_authorities=(negative,)).to_pem()

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from identity_ca.csr import MAX_CSR_BYTES, parse_csr
+from identity_ca.der import element
 from identity_ca.errors import CsrRejected, KeyTooWeak
 from identity_ca.keys import KeyAlgorithm, key_fingerprint, spki_der
 from identity_ca.profile import WORKLOAD
@@ -102,3 +103,52 @@ def test_weak_signatures_prove_nothing() -> None:
     assert isinstance(x509.load_der_x509_csr(forged).signature_hash_algorithm, hashes.SHA1)
     with pytest.raises(CsrRejected, match="proves nothing"):
         parse_csr(forged, allowed=ALL)
+
+
+def test_the_longest_request_is_read() -> None:
+    ours = csr_der()
+    parse_csr(ours, allowed=ALL, max_bytes=len(ours))
+    with pytest.raises(CsrRejected, match="longer than"):
+        parse_csr(ours, allowed=ALL, max_bytes=len(ours) - 1)
+
+
+@pytest.mark.parametrize("digest", [hashes.SHA256(), hashes.SHA384(), hashes.SHA512()])
+@pytest.mark.parametrize(
+    "algorithm", [KeyAlgorithm.EC_P256, KeyAlgorithm.EC_P384, KeyAlgorithm.RSA_2048]
+)
+def test_every_strong_signature_proves_possession(
+    algorithm: KeyAlgorithm, digest: hashes.HashAlgorithm
+) -> None:
+    key = workload_key(algorithm)
+    request = parse_csr(request_by(key.as_private_key(), digest), allowed=ALL)
+    assert request.spki_der == spki_der(key.public_key)
+
+
+@pytest.mark.parametrize(
+    ("key", "signature_algorithm"),
+    [
+        (KeyAlgorithm.EC_P256, "300506032b6570"),  # Ed25519
+        (KeyAlgorithm.EC_P256, "300d06092a864886f70d01010b0500"),  # RSA with SHA-256
+        (KeyAlgorithm.ED25519, "300a06082a8648ce3d040302"),  # ECDSA with SHA-256
+        (KeyAlgorithm.RSA_2048, "300a06082a8648ce3d040302"),
+        (KeyAlgorithm.RSA_2048, "300506032b6570"),
+    ],
+)
+def test_a_signature_of_another_kind_than_the_key_is_refused(
+    key: KeyAlgorithm, signature_algorithm: str
+) -> None:
+    info = x509.load_der_x509_csr(csr_der(key)).tbs_certrequest_bytes
+    signature = workload_key(key).sign(info)
+    mixed = element(
+        0x30, info + bytes.fromhex(signature_algorithm) + element(0x03, b"\0" + signature)
+    )
+    with pytest.raises(CsrRejected, match=r"cannot be checked|not signed by"):
+        parse_csr(mixed, allowed=ALL)
+
+
+def test_a_key_nobody_knows_is_too_weak_and_no_accident() -> None:
+    # The curve's OID: prime256v1 -> prime239v2.
+    p256, unknown = bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030105")
+    changed = csr_der().replace(p256, unknown)
+    with pytest.raises(KeyTooWeak, match="cannot be used"):
+        parse_csr(changed, allowed=ALL)

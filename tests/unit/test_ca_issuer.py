@@ -18,11 +18,12 @@ from identity_ca.errors import (
     ProfileViolation,
     UpstreamRejected,
 )
-from identity_ca.issuer import PreparedX509, X509Credential, X509Issuer
+from identity_ca.issuer import MIN_ISSUER_REMAINING, PreparedX509, X509Credential, X509Issuer
 from identity_ca.keys import KeyAlgorithm, key_fingerprint
 from identity_ca.profile import BROKER, INTERMEDIATE, NODE, WORKLOAD
 from identity_ca.serial import serial_hex
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
+from identity_ca.template import LeafTemplate
 from support.ca import (
     HOUR,
     SIGNING_ALGORITHMS,
@@ -411,3 +412,63 @@ def test_the_year_2050_changes_the_form_of_times() -> None:
     assert leaf.not_valid_after_utc == now + HOUR
     assert b"20500101005950Z" in leaf.tbs_certificate_bytes
     assert b"491231235940Z" in leaf.tbs_certificate_bytes
+
+
+def test_an_issuer_with_exactly_the_least_time_left_prepares() -> None:
+    issuer = hierarchy().issuer
+    prepared = prepare(now=issuer.not_after - MIN_ISSUER_REMAINING)
+    assert prepared.not_after == issuer.not_after
+    with pytest.raises(ProfileViolation, match="about to expire"):
+        prepare(now=issuer.not_after - MIN_ISSUER_REMAINING + timedelta(microseconds=1))
+
+
+def test_an_issuer_prepares_from_its_first_moment() -> None:
+    issuer = hierarchy().issuer
+    assert prepare(now=issuer.not_before).not_before == issuer.not_before
+
+
+def test_a_life_with_a_fraction_ends_on_a_whole_second() -> None:
+    assert NOW.microsecond == 400_000
+    prepared = prepare(ttl=timedelta(seconds=1, milliseconds=700))
+    assert prepared.not_after == NOW.replace(microsecond=0) + 2 * SECOND
+    credential = hierarchy().issuer.sign(prepared)
+    assert leaf_of(credential).not_valid_after_utc == credential.not_after
+
+
+def test_what_was_encoded_wrong_is_not_prepared() -> None:
+    """The linter stands between the template and the key, so an issuer's mistake stays unsigned."""
+    below = hierarchy()
+    issuer = X509Issuer(
+        authority_id="x509-1",
+        trust_domain=TRUST_DOMAIN,
+        key=below.issuer.key,
+        chain=[below.intermediate],
+    )
+    wrong = LeafTemplate(
+        issuer_name=below.root.subject.public_bytes(),
+        authority_key_id=bytes(20),
+        signature_algorithm=bytes.fromhex("300a06082a8648ce3d040302"),
+    )
+    object.__setattr__(issuer, "_template", wrong)
+    with pytest.raises(LintFailed, match="issuer"):
+        prepare(issuer)
+
+
+def test_a_key_that_answers_with_too_few_signatures_makes_no_credential() -> None:
+    class Forgetful:
+        def __init__(self) -> None:
+            key = hierarchy().issuer.key
+            self.key_id, self.remote = "transit:idb-x509@1", True
+            self.algorithm, self.public_key = key.algorithm, key.public_key
+
+        def sign_many(self, messages: list[bytes]) -> list[bytes]:
+            return hierarchy().issuer.key.sign_many(messages[1:])
+
+    issuer = X509Issuer(
+        authority_id="x509-1",
+        trust_domain=TRUST_DOMAIN,
+        key=Forgetful(),  # type: ignore[arg-type]  # only ever signs many
+        chain=[hierarchy().intermediate],
+    )
+    with pytest.raises(ValueError, match="zip"):
+        issuer.sign_many([prepare(issuer), prepare(issuer)])

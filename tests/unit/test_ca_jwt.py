@@ -27,6 +27,7 @@ from identity_ca.jws import JWS_ALGORITHMS
 from identity_ca.jwt import (
     MAX_JWT_TTL,
     MAX_TOKEN_BYTES,
+    MIN_AUTHORITY_REMAINING,
     JwtIssuer,
     PreparedJwt,
     VerifiedJwt,
@@ -747,3 +748,91 @@ def test_messages_echo_nothing_of_the_token():
         with pytest.raises(CAError) as rejection:
             verify(forge(header, payload))
         assert secret not in str(rejection.value)
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+WHOLE = NOW.replace(microsecond=0)
+
+
+@pytest.mark.clause("J-10")
+def test_j_10_nbf_is_reached_when_the_leeway_says_so():
+    token = forge(HEADER, claims(nbf=int(WHOLE.timestamp()) + 10))
+    verify(token, now=WHOLE)
+    early = WHOLE - timedelta(microseconds=1)
+    assert "J-10" in refused(token, now=early)
+    assert "J-10" in refused(token, now=WHOLE, leeway=timedelta(seconds=9))
+
+
+@pytest.mark.clause("J-10")
+@pytest.mark.parametrize("name", ["iat", "nbf"])
+@pytest.mark.parametrize("value", [True, False])
+def test_j_10_a_truth_value_is_no_date(name, value):
+    assert f"{name} is not a number" in refused(forge(HEADER, claims(**{name: value})))
+
+
+@pytest.mark.clause("J-10")
+@pytest.mark.parametrize("name", ["exp", "iat", "nbf"])
+@pytest.mark.parametrize("value", [253402300800, 253402300800.0, 253402300801, -1])
+def test_j_10_a_date_beyond_the_calendar_is_refused(name, value):
+    assert f"{name} is out of range" in refused(forge(HEADER, claims(**{name: value})))
+
+
+@pytest.mark.clause("J-9")
+def test_j_9_the_last_second_of_the_calendar_is_an_expiry():
+    assert verify(forge(HEADER, claims(exp=253402300799))).expires_at.year == 9999
+
+
+def test_a_token_of_exactly_16_kib_is_read():
+    # Base64 has no length one above a multiple of four: the header's blanks make up for it.
+    lengths = {}
+    for blanks in range(4):
+        header = json.dumps(HEADER).encode() + b" " * blanks
+        for filling in range(12040, 12140):
+            token = forge(header, claims(note="x" * filling))
+            lengths[len(token)] = token
+    verify(lengths[MAX_TOKEN_BYTES])
+    assert "16384" in refused(lengths[MAX_TOKEN_BYTES + 1])
+
+
+def test_an_authority_with_exactly_the_least_time_left_prepares():
+    end = NOW + MIN_AUTHORITY_REMAINING
+    prepare(jwt_issuer(not_after=end))
+    with pytest.raises(ProfileViolation, match="about to expire"):
+        prepare(jwt_issuer(not_after=end - timedelta(microseconds=1)))
+
+
+def test_the_longest_and_the_shortest_lifetime_are_granted():
+    issuer = jwt_issuer(not_after=NOW + 10 * DAY)
+    for ttl in (MAX_JWT_TTL, timedelta(seconds=1)):
+        assert prepare(issuer, ttl=ttl).not_after == WHOLE + ttl
+
+
+def test_what_is_prepared_leaves_room_for_the_longest_signature():
+    """RSA-4096's, in base64url: no token that was prepared turns out too long when it is signed."""
+    lengths = []
+    for last in range(1, 513):
+        audiences = [*(f"{n:0512}" for n in range(22)), "a" * last]
+        try:
+            lengths.append(len(prepare(audiences=audiences).signing_input))
+        except AudienceInvalid:
+            break
+    else:
+        pytest.fail("the limit was not reached")
+    room = MAX_TOKEN_BYTES - max(lengths) - len(".")
+    longest = len(b64url(bytes(512)))
+    assert longest <= room < longest + 4
+
+
+def test_a_key_that_answers_with_too_few_signatures_makes_no_token():
+    class Forgetful:
+        def __init__(self) -> None:
+            self.key_id, self.remote = "transit:idb-jwt@1", True
+            self.algorithm, self.public_key = KeyAlgorithm.EC_P256, signing_key().public_key
+
+        def sign_many(self, messages):
+            return signing_key().sign_many(messages[1:])
+
+    issuer = jwt_issuer(Forgetful())  # type: ignore[arg-type]  # only ever signs many
+    with pytest.raises(ValueError, match="zip"):
+        issuer.sign_many([prepare(issuer), prepare(issuer)])
