@@ -17,6 +17,7 @@
     ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite
     ├── ExhaustedError        RateLimited WatchLagged
     ├── DependencyError       StoreUnavailable SigningBackendUnavailable AuthorityUnavailable
+    ├── BrokerStopping        the broker drains; another one, or this one later, will answer
     ├── DeadlineExceeded      the work was not done in the time the caller or the method table gave
     ├── ConfigError           (never crosses the wire)
     └── InvariantViolated     INTERNAL: a bug; its detail never leaves the process
@@ -94,10 +95,10 @@ class MalformedRequest(RequestError):
 
 
 class PageTokenInvalid(RequestError):
-    """A page token that this broker did not hand out."""
+    """A page token that this broker did not hand out, or for another method or filter."""
 
     reason = "PAGE_TOKEN_INVALID"
-    sentence = "the page token is not one this broker handed out"
+    sentence = "the page token is not one this broker handed out for this request"
     default_hint = "start over without a page token"
 
 
@@ -383,6 +384,15 @@ class AuthorityUnavailable(DependencyError):
     reason = "AUTHORITY_UNAVAILABLE"
     sentence = "the broker has no active signing authority"
     default_hint = "idb authority list shows the authorities; idb doctor says what is missing"
+
+
+class BrokerStopping(BrokerError):
+    """The broker drains, and the call still needed the caller to answer."""
+
+    kind = Kind.UNAVAILABLE
+    reason = "BROKER_STOPPING"
+    sentence = "the broker is shutting down"
+    default_hint = "call again in a moment"
 
 
 class DeadlineExceeded(BrokerError):

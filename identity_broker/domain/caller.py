@@ -33,20 +33,30 @@ class ListenerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PeerCertificate:
-    """What the TLS handshake showed of the peer, parsed once per certificate."""
+    """What the TLS handshake showed of the peer, parsed once per certificate.
+
+    `authority_key_id` is the leaf's authorityKeyIdentifier in lower-case hexadecimal, "" where it
+    has none: which authority says that it signed.
+    """
 
     spiffe_id: SpiffeId
     serial: str
     not_after: datetime
+    authority_key_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class LocalPeer:
-    """The process at the other end of the admin socket (SO_PEERCRED)."""
+    """The process at the other end of the admin socket (SO_PEERCRED).
+
+    `groups` are its supplementary groups when it connected (SO_PEERGROUPS); `gid` is not
+    necessarily among them.
+    """
 
     pid: int
     uid: int
     gid: int
+    groups: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +71,8 @@ class Caller:
     spiffe_id: SpiffeId | None = None
     serial: str = ""
     local: LocalPeer | None = None
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether nothing but a network address is known of it."""
+        return self.spiffe_id is None and self.local is None

@@ -104,7 +104,7 @@ class Gate:
         Raises:
             Unauthenticated: any other user.
         """
-        if peer.uid not in (0, self._own_uid) and peer.gid != self._admin_gid:
+        if peer.uid not in (0, self._own_uid) and self._admin_gid not in {peer.gid, *peer.groups}:
             raise Unauthenticated(
                 "only root, the broker's own user or the administrators' group may use this socket",
                 hint="run the command as one of them, or set server.admin_gid",

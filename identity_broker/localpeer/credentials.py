@@ -1,6 +1,7 @@
 """The process at the other end of a Unix socket, as the kernel saw it when it connected.
 
-- SO_PEERCRED is fixed at connect(2): a later exec or setuid of the peer does not change it.
+- SO_PEERCRED and SO_PEERGROUPS are fixed at connect(2): a later exec, setuid or setgroups of the
+  peer does not change them.
 - A pid alone can be reused; where the kernel offers SO_PEERPIDFD (Linux 6.5), the pidfd taken
   with it says whether that very process is still alive.
 """
@@ -16,8 +17,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from identity_broker.domain.caller import LocalPeer
+from identity_broker.telemetry.logs import get_logger
 
-_UCRED: Final = struct.Struct("3i")
+_log = get_logger("localpeer")
+_UCRED: Final = struct.Struct("iII")
+_GID: Final = struct.Struct("I")
+_SO_PEERGROUPS: Final = 59
+_MOST_GROUP_BYTES: Final = 1024  # the most Python asks the kernel for: 256 groups
+_NO_GROUPS: Final = frozenset({errno.ENOPROTOOPT, errno.ENODATA, errno.EINVAL})
 _SO_PEERPIDFD: Final = 77
 _NO_PIDFD: Final = frozenset({errno.ENOPROTOOPT, errno.ENODATA, errno.EINVAL, errno.ESRCH})
 
@@ -47,12 +54,27 @@ class ConnectedProcess:
 def process_of(connection: socket.socket) -> ConnectedProcess:
     """Who connected.
 
+    A process with more than 256 supplementary groups is known by its own group alone.
+
     Raises:
         OSError: the connection is gone.
     """
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(raw)
-    return ConnectedProcess(LocalPeer(pid, uid, gid), _pidfd_of(connection))
+    return ConnectedProcess(LocalPeer(pid, uid, gid, _groups_of(connection)), _pidfd_of(connection))
+
+
+def _groups_of(connection: socket.socket) -> frozenset[int]:
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUP_BYTES)
+    except OSError as exc:
+        if exc.errno == errno.ERANGE:
+            _log.warning("local peer has too many groups", limit=_MOST_GROUP_BYTES // _GID.size)
+            return frozenset()
+        if exc.errno in _NO_GROUPS:
+            return frozenset()
+        raise
+    return frozenset(gid for (gid,) in _GID.iter_unpack(raw))
 
 
 def _pidfd_of(connection: socket.socket) -> int | None:

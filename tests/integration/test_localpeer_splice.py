@@ -222,7 +222,9 @@ async def test_the_peer_is_found_by_name_and_unknown_names_are_refused(tmp_path:
         _, writer = await asyncio.open_unix_connection(tmp_path / "outer")
         await until(lambda: len(names) == 1)
         peer = f"unix-abstract:{names[0]}"
-        assert splice.of(peer) == LocalPeer(os.getpid(), os.geteuid(), os.getegid())
+        assert splice.of(peer) == LocalPeer(
+            os.getpid(), os.geteuid(), os.getegid(), frozenset(os.getgroups())
+        )
         for stranger in (names[0], "unix-abstract:", "unix:", "unix-abstract:idb-0", "ipv4:1:2"):
             with pytest.raises(Unauthenticated):
                 splice.of(stranger)

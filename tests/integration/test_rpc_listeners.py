@@ -219,7 +219,9 @@ async def test_the_admin_socket_says_which_process_calls(tmp_path: Path) -> None
         assert stat.S_IMODE((tmp_path / ".admin.sock").stat().st_mode) == 0o700
         async with unix_channel(listener.address) as channel:
             await channel.unary_unary(ENTRY_LIST)(b"")
-        assert seen[0].local == LocalPeer(os.getpid(), os.geteuid(), os.getegid())
+        assert seen[0].local == LocalPeer(
+            os.getpid(), os.geteuid(), os.getegid(), frozenset(os.getgroups())
+        )
         # Another process is another pid.
         code = (
             "import grpc,sys\n"

@@ -22,6 +22,18 @@ class KeyPair:
     chain_pem: bytes
 
 
+def key_usage(*granted: str) -> x509.KeyUsage:
+    """The key usage with the purposes named."""
+    purposes = (
+        *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+        *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+    )
+    return x509.KeyUsage(**{purpose: purpose in granted for purpose in purposes})
+
+
+LEAF_USAGE = key_usage("digital_signature")
+
+
 class TestAuthority:
     """A root that issues whatever it is asked to."""
 
@@ -44,6 +56,11 @@ class TestAuthority:
         )
 
     @property
+    def key_id(self) -> str:
+        """What leaves name as their authority key, hexadecimal."""
+        return x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()).digest.hex()
+
+    @property
     def pem(self) -> bytes:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
@@ -53,6 +70,9 @@ class TestAuthority:
         server: bool = False,
         not_after: datetime | None = None,
         serial: int | None = None,
+        ca: bool | None = False,
+        usage: x509.KeyUsage | None = LEAF_USAGE,
+        names_issuer: bool = True,
     ) -> KeyPair:
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
@@ -73,6 +93,15 @@ class TestAuthority:
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if ca is not None:
+            builder = builder.add_extension(x509.BasicConstraints(ca, None), critical=True)
+        if usage is not None:
+            builder = builder.add_extension(usage, critical=True)
+        if names_issuer:
+            builder = builder.add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+                critical=False,
+            )
         certificate = builder.sign(self._key, hashes.SHA256())
         return KeyPair(
             key.private_bytes(

@@ -1,8 +1,9 @@
 """x509_pop: a machine that holds the key of a certificate from a CA you trust.
 
-- The node sends its certificate chain; the broker verifies it to the configured CAs (RFC 5280)
-  and sends a fresh nonce; the node signs it together with its own nonce, the trust domain and the
-  key it wants certified. So an answer fits one challenge, one broker and one CSR.
+- The node sends its certificate chain; the broker verifies it to the configured CAs (RFC 5280).
+  The first must be a machine's: no CA, and fit for TLS clients where it has an extended key usage.
+- The broker sends a fresh nonce; the node signs it together with its own nonce, the trust domain
+  and the key it wants certified. So an answer fits one challenge, one broker and one CSR.
 - The node's half is `identity_client.attestation`; the signed bytes are built by `signed_message`,
   and a test holds the two equal.
 
@@ -21,13 +22,14 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import (
     ExtensionPolicy,
     PolicyBuilder,
@@ -49,6 +51,11 @@ from identity_ca.spiffe_id import TrustDomain
 NONCE_BYTES = 32
 MAX_CHAIN = 8
 _LABEL = b"identity-broker x509_pop v1\x00"
+_CLIENT_PURPOSES = frozenset(
+    {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+)
+
+_E = TypeVar("_E", bound=x509.ExtensionType)
 
 
 def signed_message(
@@ -113,6 +120,7 @@ class X509PopAttestor:
             ChallengeFailed: the answer to the challenge.
         """
         leaf, intermediates = _parse_payload(evidence.payload)
+        _refuse_unfit(leaf)
         chain = self._verify(leaf, intermediates, self._clock.now())
         nonce = secrets.token_bytes(NONCE_BYTES)
         question = {"nonce": _b64(nonce), "context": str(self._trust_domain)}
@@ -189,6 +197,34 @@ def _selectors(name: str, values: Iterable[str]) -> Iterable[Selector]:
             raise AttestationFailed(
                 "the certificate holds a name that cannot be a selector", detail=error.public
             ) from error
+
+
+def _refuse_unfit(leaf: x509.Certificate) -> None:
+    """Refuse what TLS's client verifier lets pass: a CA is no machine.
+
+    Raises:
+        AttestationFailed: a CA, a key that signs certificates, or a key for other purposes.
+    """
+    constraints = _extension(leaf, x509.BasicConstraints)
+    usage = _extension(leaf, x509.KeyUsage)
+    if (constraints is not None and constraints.ca) or (usage is not None and usage.key_cert_sign):
+        raise AttestationFailed(
+            "the first certificate is a CA's, and a CA is not a machine",
+            hint="list the machine's own certificate first",
+        )
+    purposes = _extension(leaf, x509.ExtendedKeyUsage)
+    if purposes is not None and not _CLIENT_PURPOSES.intersection(purposes):
+        raise AttestationFailed(
+            "the certificate's extended key usage does not include clientAuth",
+            hint="have the machine certified for clientAuth",
+        )
+
+
+def _extension(certificate: x509.Certificate, kind: type[_E]) -> _E | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
 
 
 def _dns_names(leaf: x509.Certificate) -> list[str]:

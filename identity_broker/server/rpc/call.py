@@ -16,7 +16,8 @@ from identity_broker.domain.caller import Caller
 class Call:
     """What the pipeline found out about a call before the service is reached.
 
-    `stopping` is set when the server drains: a stream ends itself soon after.
+    `stopping` is set when the server drains. Streams without a deadline are ended by the pipeline
+    soon after; what waits for its caller to answer ends itself.
     """
 
     method: str

@@ -70,27 +70,17 @@ class Health:
         return listing(statuses={name: _answer(state) for name, state in self._states.items()})
 
     async def _watch(
-        self, request: health_pb2.HealthCheckRequest, call: Call
+        self, request: health_pb2.HealthCheckRequest, _call: Call
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        stopping = asyncio.ensure_future(call.stopping.wait())
         told: bool | None = None
         first = True
-        try:
-            while True:
-                changed = self._changed
-                state = self._states.get(request.service)
-                if first or state is not told:
-                    yield _answer(state)
-                told, first = state, False
-                if stopping.done():
-                    return
-                waiting = asyncio.ensure_future(changed.wait())
-                try:
-                    await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    waiting.cancel()
-        finally:
-            stopping.cancel()
+        while True:
+            changed = self._changed
+            state = self._states.get(request.service)
+            if first or state is not told:
+                yield _answer(state)
+            told, first = state, False
+            await changed.wait()
 
 
 def _answer(state: bool | None) -> health_pb2.HealthCheckResponse:  # noqa: FBT001  # what is told

@@ -1,8 +1,10 @@
-"""Token buckets: one for each caller and method, in bounded memory.
+"""Token buckets, one for each caller and method, and places for streams; in bounded memory.
 
-- A bucket is one number, the moment at which it is full again (GCRA); a full one is forgotten.
+- A bucket is one number, the moment at which it is full again (GCRA); the one used longest ago is
+  forgotten first.
 - Identities and anonymous addresses are kept apart, so that strangers cannot push a node's
   bucket out of memory.
+- A stream costs for as long as it is open: strangers may hold a bounded number of them.
 """
 
 from __future__ import annotations
@@ -10,24 +12,66 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final, Generic, TypeVar
 
 from identity_broker.domain.caller import Caller
 from identity_broker.errors import RateLimited
 from identity_broker.server.rpc.methods import Rate, RateName
 
 DEFAULT_CAPACITY: Final = 65_536
+ANONYMOUS_STREAMS: Final = 16  # of one network
+ANONYMOUS_STREAMS_TOGETHER: Final = 1000
+_STREAM_RETRY_SECONDS: Final = 10.0
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Buckets(Generic[K]):
+    """A bucket for each key; at most `capacity` of them, the one used longest ago goes first."""
+
+    __slots__ = ("_capacity", "_full_at")
+
+    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+        self._full_at: OrderedDict[K, float] = OrderedDict()
+        self._capacity = capacity
+
+    def take(self, key: K, cost: float, depth: float, now: float) -> float:
+        """Take from the key's bucket, or nothing at all.
+
+        Args:
+            cost: what is taken, in seconds of refilling.
+            depth: what the bucket holds, in seconds of refilling.
+            now: seconds that only grow.
+
+        Returns:
+            0.0 when it was taken, else the seconds until it could be.
+        """
+        full_at = max(self._full_at.get(key, now), now) + cost
+        wait = full_at - now - depth
+        if wait > 1e-9:
+            return wait
+        self._full_at[key] = full_at
+        self._full_at.move_to_end(key)
+        if len(self._full_at) > self._capacity:
+            self._full_at.popitem(last=False)
+        return 0.0
+
+    def __len__(self) -> int:
+        return len(self._full_at)
 
 
 class RateLimiter:
-    """Says whether a caller may call a method now.
+    """Says whether a caller may call a method now, and whether a stranger may hold a stream.
 
     Args:
         rates: a rate for each name; a name without one is not limited.
         monotonic: seconds that only grow.
         capacity: most buckets kept, of identities and of addresses each.
+        anonymous_streams: most streams open at a time without an identity, of one network.
+        anonymous_streams_together: and of all networks.
     """
 
     def __init__(
@@ -36,15 +80,19 @@ class RateLimiter:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         capacity: int = DEFAULT_CAPACITY,
+        anonymous_streams: int = ANONYMOUS_STREAMS,
+        anonymous_streams_together: int = ANONYMOUS_STREAMS_TOGETHER,
     ) -> None:
         self._rates = {
             name: (1.0 / rate.per_second, rate.burst / rate.per_second)
             for name, rate in rates.items()
         }
         self._monotonic = monotonic
-        self._capacity = capacity
-        self._identities: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._addresses: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._identities: Buckets[tuple[str, str]] = Buckets(capacity)
+        self._addresses: Buckets[tuple[str, str]] = Buckets(capacity)
+        self._anonymous_streams = anonymous_streams
+        self._anonymous_streams_together = anonymous_streams_together
+        self._streams: Counter[str] = Counter()
 
     def charge(self, caller: Caller, peer: str, method: str, rate: RateName, cost: int = 1) -> None:
         """Take `cost` tokens from the caller's bucket for the method.
@@ -58,20 +106,43 @@ class RateLimiter:
         if numbers is None:
             return
         interval, depth = numbers
-        if caller.spiffe_id is not None or caller.local is not None:
-            buckets, key = self._identities, (caller.name, method)
-        else:
+        if caller.is_anonymous:
             buckets, key = self._addresses, (network_of(peer), method)
-        now = self._monotonic()
-        full_at = max(buckets.get(key, now), now) + cost * interval
-        wait = full_at - now - depth
-        if wait > 1e-9:
+        else:
+            buckets, key = self._identities, (caller.name, method)
+        wait = buckets.take(key, cost * interval, depth, self._monotonic())
+        if wait:
             # One decimal, rounded up: an exact figure would only invite a stampede.
             raise RateLimited(retry_after=math.ceil(round(wait * 10, 6)) / 10)
-        buckets[key] = full_at
-        buckets.move_to_end(key)
-        if len(buckets) > self._capacity:
-            buckets.popitem(last=False)
+
+    @contextmanager
+    def stream(self, caller: Caller, peer: str) -> Iterator[None]:
+        """Hold a stream open for as long as the block runs; identities are not counted.
+
+        Raises:
+            RateLimited: the caller has no identity, and its network, or all strangers together,
+                hold as many as they may.
+        """
+        if not caller.is_anonymous:
+            yield
+            return
+        network = network_of(peer)
+        if (
+            self._streams[network] >= self._anonymous_streams
+            or self._streams.total() >= self._anonymous_streams_together
+        ):
+            raise RateLimited(
+                "too many streams are open to callers without an identity",
+                hint="close one, or call with an X.509-SVID on the mTLS listener",
+                retry_after=_STREAM_RETRY_SECONDS,
+            )
+        self._streams[network] += 1
+        try:
+            yield
+        finally:
+            self._streams[network] -= 1
+            if not self._streams[network]:
+                del self._streams[network]
 
     def __len__(self) -> int:
         return len(self._identities) + len(self._addresses)

@@ -1,14 +1,15 @@
 """The client certificate of a connection, parsed once for each distinct certificate.
 
 - gRPC has verified the chain against the bundle when the connection was made; nothing here
-  verifies signatures. Expiry, ban and revocation are the authenticator's, on every call.
+  verifies signatures. TLS does not ask whether the end of that chain is an SVID: this does.
+- Whose authority signed, expiry, ban and revocation are the authenticator's, on every call.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from datetime import UTC
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography import x509
 
@@ -19,6 +20,8 @@ from identity_ca.serial import serial_hex
 from identity_ca.spiffe_id import SpiffeId
 
 MAX_PARSED: Final = 4096
+
+_E = TypeVar("_E", bound=x509.ExtensionType)
 
 
 class PeerCertificates:
@@ -32,8 +35,9 @@ class PeerCertificates:
         """What the certificate says of the peer.
 
         Raises:
-            Unauthenticated: it is no X.509-SVID: not exactly one URI, or none that is a SPIFFE
-                ID with a path (SPIFFE X509-SVID sections 2 and 5.2).
+            Unauthenticated: it is no leaf X.509-SVID: not exactly one URI name, or one that is
+                no SPIFFE ID with a path; a CA, or a key that may sign certificates or may not
+                sign at all (SPIFFE X509-SVID sections 2, 4 and 5.2).
         """
         found = self._parsed.get(pem)
         if found is not None:
@@ -53,14 +57,25 @@ def parse_peer_certificate(pem: bytes) -> PeerCertificate:
     """Read a leaf certificate; see `PeerCertificates.of`."""
     try:
         leaf = x509.load_pem_x509_certificate(pem)
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        extensions = leaf.extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+        usage = extensions.get_extension_for_class(x509.KeyUsage).value
+        constraints = _extension(extensions, x509.BasicConstraints)
+        authority = _extension(extensions, x509.AuthorityKeyIdentifier)
         serial = leaf.serial_number
         not_after = leaf.not_valid_after_utc.astimezone(UTC)
     except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as exc:
         raise Unauthenticated(
             "the client certificate is not an X.509-SVID", detail=str(exc)
         ) from exc
+    if (constraints is not None and constraints.ca) or usage.key_cert_sign or usage.crl_sign:
+        raise Unauthenticated(
+            "a signing certificate is no identity: the client certificate must be a leaf",
+            detail=f"serial {serial_hex(serial)}",
+        )
+    if not usage.digital_signature:
+        raise Unauthenticated("the client certificate's key usage lacks digitalSignature")
     if len(uris) != 1:
         raise Unauthenticated("the client certificate must have exactly one URI name")
     try:
@@ -71,4 +86,14 @@ def parse_peer_certificate(pem: bytes) -> PeerCertificate:
         ) from exc
     if not spiffe_id.path:
         raise Unauthenticated("the client certificate names a trust domain and no workload")
-    return PeerCertificate(spiffe_id, serial_hex(serial), not_after)
+    key_id = authority.key_identifier if authority is not None else None
+    return PeerCertificate(
+        spiffe_id, serial_hex(serial), not_after, key_id.hex() if key_id is not None else ""
+    )
+
+
+def _extension(extensions: x509.Extensions, kind: type[_E]) -> _E | None:
+    try:
+        return extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None

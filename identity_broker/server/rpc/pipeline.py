@@ -11,7 +11,8 @@
 - limits     last: the budget is the proven caller's, and strangers cannot spend it
 
 No interceptor chain: one wrapper a method, built when the broker starts, straight-line inside.
-A stream's caller is authenticated again every second for as long as the stream lives.
+A stream's caller is authenticated again every second for as long as the stream lives. A stream
+without a deadline has no end of its own: soon after the broker starts to drain, it ends here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self, TypeAlias, cast
 
@@ -48,7 +49,7 @@ from identity_broker.errors import (
     Unauthenticated,
 )
 from identity_broker.server.rpc.call import Call
-from identity_broker.server.rpc.limits import RateLimiter
+from identity_broker.server.rpc.limits import RateLimiter, network_of
 from identity_broker.server.rpc.methods import METHODS, AuditLevel, MethodRow
 from identity_broker.server.rpc.peer_certificate import PeerCertificates
 from identity_broker.server.rpc.status import CANCELLED, OK, abort_arguments
@@ -62,6 +63,7 @@ Authenticate: TypeAlias = Callable[[ListenerKind, PeerCertificate | LocalPeer | 
 
 CORRELATION_KEY: Final = "x-correlation-id"
 RECHECK_SECONDS: Final = 1.0
+DRAIN_SECONDS: Final = 0.2  # for a last word, such as NOT_SERVING
 DEADLINE_PRECISION_SECONDS: Final = 0.1
 UNKNOWN_METHOD: Final = "unknown"
 _CORRELATION_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -97,10 +99,14 @@ class LocalPeers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RefusedCall:
-    """A call refused for who the caller is; for the audit."""
+    """A call refused for who the caller is; for the audit.
+
+    `caller` is a proven identity or user, or else a stranger's network: `proven` says which.
+    """
 
     method: str
     caller: str
+    proven: bool
     reason: str
     detail: str
     correlation_id: str
@@ -120,6 +126,7 @@ class _Parts:
     on_refused: Callable[[RefusedCall], None] | None
     certificates: PeerCertificates
     deadlines: _Deadlines
+    drain: _Drain
     correlation_prefix: str
     counter: itertools.count[int]
 
@@ -159,6 +166,7 @@ def build_handlers(
         on_refused=on_refused,
         certificates=PeerCertificates(),
         deadlines=_Deadlines(),
+        drain=_Drain(stopping),
         correlation_prefix=secrets.token_hex(5),
         counter=itertools.count(1),
     )
@@ -233,6 +241,7 @@ class _Wrapper:
         self._parse = request_type.FromString
         self._parts = parts
         self._deadline = None if row.deadline is None else row.deadline.total_seconds()
+        self._endless = row.deadline is None
         self._anyone = CallerClass.ANYONE in row.callers
         self._ended = parts.metrics.rpc_total
         self._ended_ok = parts.metrics.rpc_total.labels(name, OK)
@@ -249,12 +258,13 @@ class _Wrapper:
         """One message in, one out."""
         started = time.perf_counter()
         correlation_id = self._begin(context)
-        caller_name = peer = context.peer()
+        peer = context.peer()
         deadlines = self._parts.deadlines
         task = asyncio.current_task()
+        credential = caller = None
         try:
-            caller, _ = self._authenticated(context, peer)
-            caller_name = caller.name
+            credential = self._credential(context, peer)
+            caller = self._authenticated(credential, peer)
             self._authorized(caller)
             request = self._parsed(raw)
             self._charged(caller, peer, request)
@@ -280,7 +290,7 @@ class _Wrapper:
             return answer
         finally:
             deadlines.end(task)
-        self._refused(error, caller_name, peer, correlation_id, started)
+        self._refused(error, caller or credential, peer, correlation_id, started)
         await context.abort(*abort_arguments(error, correlation_id))
         raise error  # pragma: no cover  # abort always raises
 
@@ -297,24 +307,30 @@ class _Wrapper:
     ) -> None:
         started = time.perf_counter()
         correlation_id = self._begin(context)
-        caller_name = peer = context.peer()
+        peer = context.peer()
         scope: asyncio.Timeout | None = None
+        credential = caller = None
         self._open.inc()
         try:
-            caller, credential = self._authenticated(context, peer)
-            caller_name = caller.name
+            credential = self._credential(context, peer)
+            caller = self._authenticated(credential, peer)
             self._authorized(caller)
             self._charged(caller, peer, None)
             request = self._parsed(raw) if raw is not None else self._each_parsed(messages)
             call = self._call(caller, correlation_id)
             function = cast("StreamFunction", self._function)
-            async with (
-                asyncio.timeout(self._limit(context)) as scope,
-                _Recheck(lambda: self._admitted(credential, peer)),
-                aclosing(cast("Any", function(request, call))) as responses,
-            ):
-                async for response in responses:
-                    await context.write(response.SerializeToString())
+            supervision = _Supervision(
+                lambda: self._authorized(self._authenticated(credential, peer)),
+                self._parts.drain if self._endless else None,
+            )
+            with self._parts.limiter.stream(caller, peer) if self._endless else nullcontext():
+                async with (
+                    asyncio.timeout(self._limit(context)) as scope,
+                    supervision,
+                    aclosing(cast("Any", function(request, call))) as responses,
+                ):
+                    async for response in responses:
+                        await context.write(response.SerializeToString())
         except BrokerError as exc:
             error = exc
         except asyncio.CancelledError:
@@ -333,7 +349,7 @@ class _Wrapper:
             return
         finally:
             self._open.dec()
-        self._refused(error, caller_name, peer, correlation_id, started)
+        self._refused(error, caller or credential, peer, correlation_id, started)
         await context.abort(*abort_arguments(error, correlation_id))
 
     # --- context ------------------------------------------------------------------------------
@@ -367,14 +383,15 @@ class _Wrapper:
     def _refused(
         self,
         error: BrokerError,
-        caller: str,
+        who: Caller | PeerCertificate | LocalPeer | None,
         peer: str,
         correlation_id: str,
         started: float,
     ) -> None:
         elapsed = time.perf_counter() - started
         parts = self._parts
-        bind_call(correlation_id, self._name, caller)
+        name = _proven_name(error, who)
+        bind_call(correlation_id, self._name, name or peer)
         self._ended.labels(self._name, error.reason).inc()
         if self._timed:
             self._seconds.observe(elapsed)
@@ -393,31 +410,34 @@ class _Wrapper:
             and self._row.audit is not AuditLevel.NONE
         ):
             parts.on_refused(
-                RefusedCall(self._name, caller, error.reason, error.detail, correlation_id)
+                RefusedCall(
+                    method=self._name,
+                    caller=name or network_of(peer),
+                    proven=bool(name),
+                    reason=error.reason,
+                    detail=error.detail,
+                    correlation_id=correlation_id,
+                )
             )
 
     # --- authn, authz, limits -----------------------------------------------------------------
 
-    def _authenticated(
-        self, context: Context, peer: str
-    ) -> tuple[Caller, PeerCertificate | LocalPeer | None]:
+    def _credential(self, context: Context, peer: str) -> PeerCertificate | LocalPeer | None:
+        """What the listener saw of the caller."""
         parts = self._parts
-        credential: PeerCertificate | LocalPeer | None = None
         if parts.listener is ListenerKind.MTLS:
             pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
             if pem is None:
                 raise Unauthenticated
-            credential = parts.certificates.of(pem)
-        elif parts.listener is ListenerKind.LOCAL:
+            return parts.certificates.of(pem)
+        if parts.listener is ListenerKind.LOCAL:
             if parts.local_peers is None:
                 raise InvariantViolated(detail="the local listener was built without its peers")
-            credential = parts.local_peers.of(peer)
-        return parts.authenticate(parts.listener, credential, peer), credential
+            return parts.local_peers.of(peer)
+        return None
 
-    def _admitted(self, credential: PeerCertificate | LocalPeer | None, peer: str) -> None:
-        """Authentication and authorization again, for a stream that is still open."""
-        parts = self._parts
-        self._authorized(parts.authenticate(parts.listener, credential, peer))
+    def _authenticated(self, credential: PeerCertificate | LocalPeer | None, peer: str) -> Caller:
+        return self._parts.authenticate(self._parts.listener, credential, peer)
 
     def _authorized(self, caller: Caller) -> None:
         if self._anyone or not self._row.callers.isdisjoint(caller.classes):
@@ -498,35 +518,91 @@ class _Deadlines:
             self._arm()
 
 
-class _Recheck:
-    """Ends the task it is entered in when `check` refuses; asks every second."""
+class _Drain:
+    """Ends streams soon after the broker starts to drain; one task for all of them."""
 
-    def __init__(self, check: Callable[[], None], seconds: float = RECHECK_SECONDS) -> None:
+    def __init__(self, stopping: asyncio.Event) -> None:
+        self._stopping = stopping
+        self._streams: set[_Supervision] = set()
+        self._watching: asyncio.Task[None] | None = None
+
+    def enter(self, stream: _Supervision) -> None:
+        """End this stream, too."""
+        self._streams.add(stream)
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch(), name="drain")
+
+    def leave(self, stream: _Supervision) -> None:
+        """It has ended."""
+        self._streams.discard(stream)
+        if not self._streams and self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+
+    async def _watch(self) -> None:
+        await self._stopping.wait()
+        while True:  # until the last one has left
+            await asyncio.sleep(DRAIN_SECONDS)
+            for stream in self._streams:
+                stream.end()
+
+
+class _Supervision:
+    """Ends the task it is entered in: with a refusal, or in peace when the broker drains.
+
+    Args:
+        check: raises the refusal; asked every second.
+        drain: calls `end`.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[], object],
+        drain: _Drain | None = None,
+        seconds: float = RECHECK_SECONDS,
+    ) -> None:
         self._check = check
+        self._drain = drain
         self._seconds = seconds
         self._refusal: BaseException | None = None
+        self._ended = False
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.current_task()
         self._arm()
+        if self._drain is not None:
+            self._drain.enter(self)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, _traceback: object
-    ) -> None:
+    ) -> bool:
         if self._timer is not None:
             self._timer.cancel()
-        if self._refusal is None or self._task is None:
-            return
-        if self._task.uncancel() == 0 or not isinstance(exc, asyncio.CancelledError):
+        if self._drain is not None:
+            self._drain.leave(self)
+        if self._task is None or not (self._ended or self._refusal):
+            return False
+        cancelled = isinstance(exc, asyncio.CancelledError)
+        ours = self._task.uncancel() == 0 or not cancelled
+        if ours and self._refusal is not None:
             raise self._refusal from exc
+        return ours and cancelled
+
+    def end(self) -> None:
+        """End the task as if its work were done. Twice is once."""
+        if self._task is not None and not (self._ended or self._refusal):
+            self._ended = True
+            self._task.cancel()
 
     def _arm(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._seconds, self._tick)
 
     def _tick(self) -> None:
+        if self._ended:
+            return
         try:
             self._check()
         except Exception as exc:  # noqa: BLE001  # raised in the stream's own task
@@ -535,6 +611,21 @@ class _Recheck:
                 self._task.cancel()
         else:
             self._arm()
+
+
+def _proven_name(error: BrokerError, who: Caller | PeerCertificate | LocalPeer | None) -> str:
+    """Whom a refusal is about, or "" when that is a stranger.
+
+    A certificate that was refused in itself proves nothing, whatever name is in it; one whose
+    holder was refused does.
+    """
+    if isinstance(who, Caller):
+        return "" if who.is_anonymous else who.name
+    if isinstance(who, LocalPeer):
+        return f"uid:{who.uid}"
+    if who is not None and error.kind is Kind.DENIED:
+        return str(who.spiffe_id)
+    return ""
 
 
 def _bug(error: Exception) -> InvariantViolated:

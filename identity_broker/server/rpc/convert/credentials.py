@@ -19,7 +19,12 @@ from identity_broker.domain.paging import (
 from identity_broker.errors import (
     MalformedRequest,
 )
-from identity_broker.server.rpc.convert.scalars import from_optional_spiffe_id, to_epoch
+from identity_broker.server.rpc.convert.scalars import (
+    MAX_ID_BYTES,
+    from_optional_spiffe_id,
+    from_text,
+    to_epoch,
+)
 from identity_ca.issuer import X509Credential
 from identity_ca.jwt import JwtCredential
 
@@ -121,7 +126,7 @@ def from_credential_filter(request: credential_pb2.ListCredentialsRequest) -> Cr
     return CredentialFilter(
         spiffe_id=from_optional_spiffe_id(request.spiffe_id, "spiffe_id"),
         node_id=from_optional_spiffe_id(request.node_id, "node_id"),
-        entry_id=request.entry_id,
+        entry_id=from_text(request.entry_id, "entry_id", MAX_ID_BYTES),
         states=states,
         kind=kind,
     )

@@ -25,6 +25,7 @@ from identity_broker.server.rpc.convert.scalars import (
     from_optional_spiffe_id,
     from_seconds,
     from_spiffe_id,
+    from_text,
     to_epoch,
 )
 from identity_ca.errors import SpiffeIdError
@@ -143,14 +144,14 @@ def from_entry_filter(request: entry_pb2.ListEntriesRequest) -> EntryFilter:
     """Parse what entries are wanted.
 
     Raises:
-        InvalidSpiffeId, EntryInvalid: naming the field.
+        MalformedRequest, InvalidSpiffeId, EntryInvalid: naming the field.
     """
     return EntryFilter(
         spiffe_id=from_optional_spiffe_id(request.spiffe_id, "spiffe_id"),
         parent_id=from_optional_spiffe_id(request.parent_id, "parent_id"),
         selectors=from_selectors(request.selectors),
-        owner=request.owner,
-        hint=request.hint,
+        owner=from_text(request.owner, "owner"),
+        hint=from_text(request.hint, "hint"),
     )
 
 

@@ -13,7 +13,7 @@ from identity_broker.errors import (
     MalformedRequest,
 )
 from identity_broker.server.rpc.convert.entries import to_selector
-from identity_broker.server.rpc.convert.scalars import to_epoch
+from identity_broker.server.rpc.convert.scalars import from_text, to_epoch
 
 
 def to_node(node: Node) -> node_pb2.NodeRecord:
@@ -35,7 +35,7 @@ def from_node_filter(request: node_pb2.ListNodesRequest) -> NodeFilter:
     """Parse what nodes are wanted.
 
     Raises:
-        MalformedRequest: an unknown value.
+        MalformedRequest: naming the field.
     """
     wanted = {
         node_pb2.BANNED_FILTER_UNSPECIFIED: None,
@@ -44,4 +44,5 @@ def from_node_filter(request: node_pb2.ListNodesRequest) -> NodeFilter:
     }
     if request.banned not in wanted:
         raise MalformedRequest("banned is not a value this broker knows")
-    return NodeFilter(attestor=request.attestor, banned=wanted[request.banned])
+    attestor = from_text(request.attestor, "attestor")
+    return NodeFilter(attestor=attestor, banned=wanted[request.banned])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from google.protobuf.message import Message
 
 from identity_broker.domain.paging import (
     DEFAULT_PAGE_SIZE,
@@ -22,6 +26,9 @@ from identity_ca.spiffe_id import SpiffeId
 _MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z: the last time X.509 can write
 MAX_BATCH = 500
 MAX_TEXT_BYTES = 512
+MAX_ID_BYTES = 256
+MAX_PAGE_TOKEN = 4096
+_PAGING = frozenset({"page_token", "page_size"})
 
 
 def from_spiffe_id(text: str, field: str) -> SpiffeId:
@@ -57,6 +64,17 @@ def from_text(text: str, field: str, most: int = MAX_TEXT_BYTES) -> str:
     if len(text.encode()) > most or (text and not text.isprintable()):
         raise MalformedRequest(f"{field} is printable text of at most {most} bytes")
     return text
+
+
+def from_id(text: str, field: str) -> str:
+    """Check a required name of a stored object.
+
+    Raises:
+        MalformedRequest: it is missing, too long or unprintable.
+    """
+    if not text:
+        raise MalformedRequest(f"{field} is required")
+    return from_text(text, field, MAX_ID_BYTES)
 
 
 def from_seconds(seconds: int, field: str) -> timedelta | None:
@@ -107,25 +125,47 @@ def from_page_size(size: int) -> int:
     return size or DEFAULT_PAGE_SIZE
 
 
-def to_page_token(key: str) -> str:
+def page_scope(method: str, request: Message) -> str:
+    """What a page token is good for: this method, with the same filter.
+
+    Equal for equal requests, whatever broker computes it and in whatever order a filter lists.
+    """
+    digest = hashlib.sha256(method.encode())
+    for field, value in request.ListFields():
+        if field.name not in _PAGING:
+            values: Iterable[Any] = value if field.is_repeated else (value,)
+            digest.update(repr((field.number, sorted(map(_octets, values)))).encode())
+    return digest.hexdigest()[:16]
+
+
+def _octets(value: Any) -> bytes:
+    if isinstance(value, Message):
+        return value.SerializeToString(deterministic=True)
+    return str(value).encode()
+
+
+def to_page_token(key: str, scope: str) -> str:
     """Wrap a keyset position so that nobody builds on its form."""
-    return base64.urlsafe_b64encode(b"1:" + key.encode()).decode() if key else ""
+    return base64.urlsafe_b64encode(f"2:{scope}:{key}".encode()).decode() if key else ""
 
 
-def from_page_token(token: str) -> str:
+def from_page_token(token: str, scope: str) -> str:
     """Unwrap a keyset position.
 
     Raises:
-        PageTokenInvalid: not one of ours.
+        PageTokenInvalid: not one of ours, or another method's or filter's.
     """
     if not token:
         return ""
+    if len(token) > MAX_PAGE_TOKEN:
+        raise PageTokenInvalid
     try:
         raw = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True)
         text = raw.decode()
     except (ValueError, binascii.Error) as error:
         raise PageTokenInvalid from error
-    version, _, key = text.partition(":")
-    if version != "1" or not key or "\x00" in key:
+    prefix = f"2:{scope}:"
+    key = text.removeprefix(prefix)
+    if not text.startswith(prefix) or not key or not key.isprintable():
         raise PageTokenInvalid
     return key

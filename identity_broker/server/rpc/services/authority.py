@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from identity_api.broker.v1 import authority_pb2 as pb
-from identity_broker.errors import AuthorityNotFound, MalformedRequest
+from identity_broker.errors import AuthorityNotFound
 from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.signing import Signing
@@ -40,10 +41,9 @@ class AuthorityService:
 
     async def show(self, request: pb.ShowAuthorityRequest, _call: Call) -> pb.ShowAuthorityResponse:
         """Return one authority."""
-        if not request.id:
-            raise MalformedRequest("id is required")
+        wanted = scalars.from_id(request.id, "id")
         now = self._signing.authorities
         for authority in (*now.x509_set, *now.jwt_set):
-            if authority.id == request.id:
+            if authority.id == wanted:
                 return pb.ShowAuthorityResponse(authority=convert_trust.to_authority(authority))
         raise AuthorityNotFound

@@ -38,10 +38,10 @@ class BundleService:
         return pb.GetBundleResponse(bundle=convert_trust.to_bundle(self._signing.bundle))
 
     async def watch(
-        self, _request: pb.WatchBundleRequest, call: Call
+        self, _request: pb.WatchBundleRequest, _call: Call
     ) -> AsyncIterator[pb.WatchBundleResponse]:
         """Send the bundle at once and again whenever it changes."""
-        with subscription(self._listen, call.stopping) as watcher:
+        with subscription(self._listen) as watcher:
             yield pb.WatchBundleResponse(bundle=convert_trust.to_bundle(self._signing.bundle))
             async for bundle in watcher.items():
                 yield pb.WatchBundleResponse(bundle=convert_trust.to_bundle(bundle))

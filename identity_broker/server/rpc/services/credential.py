@@ -37,26 +37,26 @@ class CredentialService:
         }
 
     async def list(
-        self, request: pb.ListCredentialsRequest, _call: Call
+        self, request: pb.ListCredentialsRequest, call: Call
     ) -> pb.ListCredentialsResponse:
         """Return a page of credentials, newest first."""
         wanted = convert_credential.from_credential_filter(request)
-        before = scalars.from_page_token(request.page_token)
+        scope = scalars.page_scope(call.method, request)
+        before = scalars.from_page_token(request.page_token, scope)
         size = scalars.from_page_size(request.page_size)
         # What this broker has issued but not yet concluded is part of the answer.
         await self._store.ledger.flush()
         page = await self._store.read(lambda repos: repos.credentials.page(wanted, before, size))
         return pb.ListCredentialsResponse(
             credentials=[convert_credential.to_credential(item) for item in page.items],
-            next_page_token=scalars.to_page_token(page.next_key),
+            next_page_token=scalars.to_page_token(page.next_key, scope),
         )
 
     async def get(self, request: pb.GetCredentialRequest, _call: Call) -> pb.GetCredentialResponse:
         """Return one credential."""
-        if not request.id:
-            raise MalformedRequest("id is required")
+        credential_id = scalars.from_id(request.id, "id")
         await self._store.ledger.flush()
-        credential = await self._store.read(lambda repos: repos.credentials.get(request.id))
+        credential = await self._store.read(lambda repos: repos.credentials.get(credential_id))
         return pb.GetCredentialResponse(credential=convert_credential.to_credential(credential))
 
     async def revoke(
@@ -66,8 +66,9 @@ class CredentialService:
         reason = convert_credential.from_reason(request.reason)
         comment = scalars.from_text(request.comment, "comment")
         subject = request.WhichOneof("subject")
-        if subject == "id" and request.id:
-            revoked = await self._revoke.credential(request.id, reason, comment, call.caller)
+        if subject == "id":
+            credential_id = scalars.from_id(request.id, "id")
+            revoked = await self._revoke.credential(credential_id, reason, comment, call.caller)
         elif subject == "spiffe_id":
             revoked = await self._revoke.identity(
                 scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"),
@@ -85,10 +86,10 @@ class CredentialService:
         )
 
     async def watch_revocations(
-        self, _request: pb.WatchRevocationsRequest, call: Call
+        self, _request: pb.WatchRevocationsRequest, _call: Call
     ) -> AsyncIterator[pb.WatchRevocationsResponse]:
         """Send every live revocation, then each new one."""
-        with subscription(self._directory.listen, call.stopping) as watcher:
+        with subscription(self._directory.listen) as watcher:
             seq = self._directory.seq
             known = self._directory.revocations()
             for at in range(0, len(known), _CHUNK):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from identity_api.broker.v1 import entry_pb2 as pb
 from identity_api.broker.v1 import types_pb2
@@ -23,6 +24,8 @@ from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.services.svid import calling_node
 from identity_broker.server.rpc.status import item_status
 from identity_broker.server.rpc.watch import subscription
+
+RESULT = TypeVar("RESULT")
 
 _OK = types_pb2.Status(code=0)
 _CHUNK = 500
@@ -57,11 +60,9 @@ class EntryService:
         scalars.from_batch(request.entries, "entries")
         parsed = [_parsed(item) for item in request.entries]
         good = [entry for entry in parsed if isinstance(entry, RegistrationEntry)]
-        created = iter(await self._entries.create(good, call.caller) if good else ())
+        created = await self._entries.create(good, call.caller) if good else []
         return pb.BatchCreateEntryResponse(
-            results=[
-                _result(item if isinstance(item, BrokerError) else next(created)) for item in parsed
-            ]
+            results=[_result(item) for item in _merged(parsed, created)]
         )
 
     async def batch_update(
@@ -69,51 +70,58 @@ class EntryService:
     ) -> pb.BatchUpdateEntryResponse:
         """Change entries, each with its own status."""
         scalars.from_batch(request.items, "items")
-        changes = [(item.entry.id, item.entry.revision, _change(item)) for item in request.items]
-        results = await self._entries.update(changes, call.caller)
-        return pb.BatchUpdateEntryResponse(results=[_result(item) for item in results])
+        ids = [_id(item.entry.id, "entry.id") for item in request.items]
+        changes = [
+            (entry_id, item.entry.revision, _change(item))
+            for entry_id, item in zip(ids, request.items, strict=True)
+            if isinstance(entry_id, str)
+        ]
+        results = await self._entries.update(changes, call.caller) if changes else []
+        return pb.BatchUpdateEntryResponse(
+            results=[_result(item) for item in _merged(ids, results)]
+        )
 
     async def batch_delete(
         self, request: pb.BatchDeleteEntryRequest, call: Call
     ) -> pb.BatchDeleteEntryResponse:
         """Delete entries, each with its own status."""
         scalars.from_batch(request.ids, "ids")
-        results = await self._entries.delete(list(request.ids), call.caller)
+        ids = [_id(item, "ids") for item in request.ids]
+        good = [item for item in ids if isinstance(item, str)]
+        results = await self._entries.delete(good, call.caller) if good else []
         return pb.BatchDeleteEntryResponse(
             results=[
                 pb.BatchDeleteEntryResponse.Result(
                     id=entry_id,
                     status=item_status(result) if isinstance(result, BrokerError) else _OK,
                 )
-                for entry_id, result in zip(request.ids, results, strict=True)
+                for entry_id, result in zip(request.ids, _merged(ids, results), strict=True)
             ]
         )
 
     async def get(self, request: pb.GetEntryRequest, _call: Call) -> pb.GetEntryResponse:
         """Return one entry."""
-        if not request.id:
-            raise MalformedRequest("id is required")
-        return pb.GetEntryResponse(
-            entry=convert_entry.to_entry(await self._entries.get(request.id))
-        )
+        entry = await self._entries.get(scalars.from_id(request.id, "id"))
+        return pb.GetEntryResponse(entry=convert_entry.to_entry(entry))
 
-    async def list(self, request: pb.ListEntriesRequest, _call: Call) -> pb.ListEntriesResponse:
+    async def list(self, request: pb.ListEntriesRequest, call: Call) -> pb.ListEntriesResponse:
         """Return a page of entries."""
+        scope = scalars.page_scope(call.method, request)
         page = await self._entries.page(
             convert_entry.from_entry_filter(request),
-            scalars.from_page_token(request.page_token),
+            scalars.from_page_token(request.page_token, scope),
             scalars.from_page_size(request.page_size),
         )
         return pb.ListEntriesResponse(
             entries=[convert_entry.to_entry(entry) for entry in page.items],
-            next_page_token=scalars.to_page_token(page.next_key),
+            next_page_token=scalars.to_page_token(page.next_key, scope),
         )
 
     async def watch(
-        self, _request: pb.WatchEntriesRequest, call: Call
+        self, _request: pb.WatchEntriesRequest, _call: Call
     ) -> AsyncIterator[pb.WatchEntriesResponse]:
         """Send every entry, then every change."""
-        with subscription(self._directory.listen, call.stopping) as watcher:
+        with subscription(self._directory.listen) as watcher:
             seq = self._directory.seq
             entries = list(self._directory.entries())
             for at in range(0, len(entries), _CHUNK):
@@ -142,7 +150,7 @@ class EntryService:
         if bool(request.entry_id) == bool(request.spiffe_id):
             raise MalformedRequest("name either entry_id or spiffe_id")
         if request.entry_id:
-            entry = self._directory.entry(request.entry_id)
+            entry = self._directory.entry(scalars.from_id(request.entry_id, "entry_id"))
             entries = [entry] if entry else []
         else:
             wanted = scalars.from_spiffe_id(request.spiffe_id, "spiffe_id")
@@ -168,6 +176,22 @@ def _parsed(message: types_pb2.RegistrationEntry) -> RegistrationEntry | BrokerE
         return convert_entry.from_entry(message, message.id or new_entry_id())
     except BrokerError as error:
         return error
+
+
+def _id(text: str, field: str) -> str | BrokerError:
+    try:
+        return scalars.from_id(text, field)
+    except BrokerError as error:
+        return error
+
+
+def _merged(
+    parsed: Iterable[object], results: Iterable[RESULT | BrokerError]
+) -> Iterator[RESULT | BrokerError]:
+    """Each item's refusal, or what became of it, in the request's order."""
+    rest = iter(results)
+    for item in parsed:
+        yield item if isinstance(item, BrokerError) else next(rest)
 
 
 def _change(

@@ -29,16 +29,17 @@ class NodeService:
             f"{service}CreateJoinToken": self.create_join_token,
         }
 
-    async def list(self, request: pb.ListNodesRequest, _call: Call) -> pb.ListNodesResponse:
+    async def list(self, request: pb.ListNodesRequest, call: Call) -> pb.ListNodesResponse:
         """Return a page of nodes."""
+        scope = scalars.page_scope(call.method, request)
         page = await self._nodes.page(
             convert_node.from_node_filter(request),
-            scalars.from_page_token(request.page_token),
+            scalars.from_page_token(request.page_token, scope),
             scalars.from_page_size(request.page_size),
         )
         return pb.ListNodesResponse(
             nodes=[convert_node.to_node(node) for node in page.items],
-            next_page_token=scalars.to_page_token(page.next_key),
+            next_page_token=scalars.to_page_token(page.next_key, scope),
         )
 
     async def get(self, request: pb.GetNodeRequest, _call: Call) -> pb.GetNodeResponse:
@@ -68,7 +69,7 @@ class NodeService:
         """Make a token that attests one node once."""
         secret, token = await self._nodes.create_join_token(
             scalars.from_seconds(request.ttl_seconds, "ttl_seconds"),
-            request.node_name,
+            scalars.from_text(request.node_name, "node_name"),
             call.caller,
         )
         return pb.CreateJoinTokenResponse(

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import Final
 
 from identity_api.broker.v1 import node_attestation_pb2 as pb
-from identity_broker.errors import BrokerError, ChallengeFailed, MalformedRequest
+from identity_broker.errors import (
+    BrokerError,
+    BrokerStopping,
+    ChallengeFailed,
+    MalformedRequest,
+)
 from identity_broker.lifecycle.attest import Admission, Attest
 from identity_broker.lifecycle.rotate import RotateNode
 from identity_broker.server.rpc.call import Call
@@ -15,6 +21,8 @@ from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.signing import Signing
 from identity_broker.telemetry.metrics import Metrics
+
+_RETRY_SECONDS: Final = 1.0
 
 
 class NodeAttestationService:
@@ -37,7 +45,7 @@ class NodeAttestationService:
         self, requests: AsyncIterator[pb.AttestRequest], call: Call
     ) -> AsyncIterator[pb.AttestResponse]:
         """Drive the attestor: challenges out, answers in, the SVID last."""
-        first = await anext(requests, None)
+        first = await _heard(requests, call.stopping)
         if first is None or first.WhichOneof("step") != "begin":
             raise MalformedRequest("the first message must be begin")
         begin = first.begin
@@ -61,15 +69,16 @@ class NodeAttestationService:
                 call.correlation_id,
             )
         )
+        asked = asyncio.create_task(challenges.get())
         try:
             while True:
-                asked = asyncio.create_task(challenges.get())
                 await asyncio.wait({asked, admission}, return_when=asyncio.FIRST_COMPLETED)
                 if not asked.done():
-                    asked.cancel()
                     break
-                yield pb.AttestResponse(challenge=asked.result())
-                answer = await anext(requests, None)
+                question = asked.result()
+                asked = asyncio.create_task(challenges.get())
+                yield pb.AttestResponse(challenge=question)
+                answer = await _heard(requests, call.stopping)
                 if answer is None or answer.WhichOneof("step") != "challenge_response":
                     raise ChallengeFailed(detail="the node did not answer the challenge")
                 await answers.put(answer.challenge_response)
@@ -80,8 +89,10 @@ class NodeAttestationService:
             self._attested.labels(attestor, error.reason).inc()
             raise
         finally:
-            if not admission.done():
-                admission.cancel()
+            asked.cancel()
+            if not admission.cancel() and not admission.cancelled():
+                # Fetched here too: this generator may have ended for another reason.
+                admission.exception()
 
     async def renew(self, request: pb.RenewRequest, call: Call) -> pb.RenewResponse:
         """Issue the calling node its next SVID."""
@@ -96,3 +107,25 @@ class NodeAttestationService:
                 reattestable=admission.node.reattestable,
             )
         )
+
+
+async def _heard(
+    requests: AsyncIterator[pb.AttestRequest], stopping: asyncio.Event
+) -> pb.AttestRequest | None:
+    """What the node says next; None at its end.
+
+    Raises:
+        BrokerStopping: the broker drains, and nobody knows when the node would have answered.
+    """
+    reading = asyncio.ensure_future(anext(requests, None))
+    stopped = asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({reading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise BrokerStopping(retry_after=_RETRY_SECONDS)
+        return reading.result()
+    finally:
+        stopped.cancel()
+        if reading.cancel():
+            # The iterator is in use until then, and could not be closed.
+            await asyncio.wait({reading})

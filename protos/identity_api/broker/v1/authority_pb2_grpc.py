@@ -51,7 +51,7 @@ class AuthorityServicer:
 
     def List(self, request, context):
         """Lists all authorities that are still trusted or about to be, X.509 first, newest first.
-        Callers: local, admin. Retry: safe. Reasons: none of its own.
+        Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -59,7 +59,7 @@ class AuthorityServicer:
 
     def Show(self, request, context):
         """Returns one authority.
-        Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND.
+        Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND, MALFORMED_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,11 +33,11 @@ class AuthorityStub:
     def __new__(cls, channel: _aio.Channel) -> AuthorityAsyncStub: ...
     List: _grpc.UnaryUnaryMultiCallable[_authority_pb2.ListAuthoritiesRequest, _authority_pb2.ListAuthoritiesResponse]
     """Lists all authorities that are still trusted or about to be, X.509 first, newest first.
-    Callers: local, admin. Retry: safe. Reasons: none of its own.
+    Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST.
     """
     Show: _grpc.UnaryUnaryMultiCallable[_authority_pb2.ShowAuthorityRequest, _authority_pb2.ShowAuthorityResponse]
     """Returns one authority.
-    Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND.
+    Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND, MALFORMED_REQUEST.
     """
 
 @_typing.type_check_only
@@ -45,11 +45,11 @@ class AuthorityAsyncStub(AuthorityStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     List: _aio.UnaryUnaryMultiCallable[_authority_pb2.ListAuthoritiesRequest, _authority_pb2.ListAuthoritiesResponse]  # type: ignore[assignment]
     """Lists all authorities that are still trusted or about to be, X.509 first, newest first.
-    Callers: local, admin. Retry: safe. Reasons: none of its own.
+    Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST.
     """
     Show: _aio.UnaryUnaryMultiCallable[_authority_pb2.ShowAuthorityRequest, _authority_pb2.ShowAuthorityResponse]  # type: ignore[assignment]
     """Returns one authority.
-    Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND.
+    Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND, MALFORMED_REQUEST.
     """
 
 class AuthorityServicer(metaclass=_abc_1.ABCMeta):
@@ -60,7 +60,7 @@ class AuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_authority_pb2.ListAuthoritiesResponse, _abc.Awaitable[_authority_pb2.ListAuthoritiesResponse]]:
         """Lists all authorities that are still trusted or about to be, X.509 first, newest first.
-        Callers: local, admin. Retry: safe. Reasons: none of its own.
+        Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST.
         """
 
     @_abc_1.abstractmethod
@@ -70,7 +70,7 @@ class AuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_authority_pb2.ShowAuthorityResponse, _abc.Awaitable[_authority_pb2.ShowAuthorityResponse]]:
         """Returns one authority.
-        Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND.
+        Callers: local, admin. Retry: safe. Reasons: AUTHORITY_NOT_FOUND, MALFORMED_REQUEST.
         """
 
 def add_AuthorityServicer_to_server(servicer: AuthorityServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

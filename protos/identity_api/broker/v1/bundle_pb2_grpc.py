@@ -59,7 +59,8 @@ class BundleServicer:
 
     def Watch(self, request, context):
         """Sends the bundle at once and again whenever it changes.
-        Callers: anyone. Retry: safe. Reasons: none of its own.
+        Callers: anyone. Retry: safe. Reasons: WATCH_LAGGED (the client read too slowly;
+        call again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

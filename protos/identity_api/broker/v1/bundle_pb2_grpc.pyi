@@ -37,7 +37,8 @@ class BundleStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_bundle_pb2.WatchBundleRequest, _bundle_pb2.WatchBundleResponse]
     """Sends the bundle at once and again whenever it changes.
-    Callers: anyone. Retry: safe. Reasons: none of its own.
+    Callers: anyone. Retry: safe. Reasons: WATCH_LAGGED (the client read too slowly;
+    call again).
     """
 
 @_typing.type_check_only
@@ -49,7 +50,8 @@ class BundleAsyncStub(BundleStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_bundle_pb2.WatchBundleRequest, _bundle_pb2.WatchBundleResponse]  # type: ignore[assignment]
     """Sends the bundle at once and again whenever it changes.
-    Callers: anyone. Retry: safe. Reasons: none of its own.
+    Callers: anyone. Retry: safe. Reasons: WATCH_LAGGED (the client read too slowly;
+    call again).
     """
 
 class BundleServicer(metaclass=_abc_1.ABCMeta):
@@ -70,7 +72,8 @@ class BundleServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_bundle_pb2.WatchBundleResponse], _abc.AsyncIterator[_bundle_pb2.WatchBundleResponse]]:
         """Sends the bundle at once and again whenever it changes.
-        Callers: anyone. Retry: safe. Reasons: none of its own.
+        Callers: anyone. Retry: safe. Reasons: WATCH_LAGGED (the client read too slowly;
+        call again).
         """
 
 def add_BundleServicer_to_server(servicer: BundleServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -61,7 +61,8 @@ class CredentialServicer:
 
     def List(self, request, context):
         """Lists credentials, newest first, a page at a time.
-        Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+        Callers: local, admin. Retry: safe.
+        Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, PAGE_TOKEN_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,7 +70,7 @@ class CredentialServicer:
 
     def Get(self, request, context):
         """Returns one credential.
-        Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND.
+        Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,7 +80,7 @@ class CredentialServicer:
         """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
         are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
         Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-        Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
+        Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +90,8 @@ class CredentialServicer:
         """Sends every revocation whose credential has not expired, a message with `synced`, then each
         new one as it commits.
         Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-        Reasons: WATCH_LAGGED (the client read too slowly; call again).
+        Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
+        CREDENTIAL_REVOKED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

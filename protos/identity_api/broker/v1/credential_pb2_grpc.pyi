@@ -33,23 +33,25 @@ class CredentialStub:
     def __new__(cls, channel: _aio.Channel) -> CredentialAsyncStub: ...
     List: _grpc.UnaryUnaryMultiCallable[_credential_pb2.ListCredentialsRequest, _credential_pb2.ListCredentialsResponse]
     """Lists credentials, newest first, a page at a time.
-    Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+    Callers: local, admin. Retry: safe.
+    Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, PAGE_TOKEN_INVALID.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_credential_pb2.GetCredentialRequest, _credential_pb2.GetCredentialResponse]
     """Returns one credential.
-    Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND.
+    Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
     """
     Revoke: _grpc.UnaryUnaryMultiCallable[_credential_pb2.RevokeCredentialRequest, _credential_pb2.RevokeCredentialResponse]
     """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
     are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
     Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-    Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
+    Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     WatchRevocations: _grpc.UnaryStreamMultiCallable[_credential_pb2.WatchRevocationsRequest, _credential_pb2.WatchRevocationsResponse]
     """Sends every revocation whose credential has not expired, a message with `synced`, then each
     new one as it commits.
     Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-    Reasons: WATCH_LAGGED (the client read too slowly; call again).
+    Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
+    CREDENTIAL_REVOKED.
     """
 
 @_typing.type_check_only
@@ -57,23 +59,25 @@ class CredentialAsyncStub(CredentialStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     List: _aio.UnaryUnaryMultiCallable[_credential_pb2.ListCredentialsRequest, _credential_pb2.ListCredentialsResponse]  # type: ignore[assignment]
     """Lists credentials, newest first, a page at a time.
-    Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+    Callers: local, admin. Retry: safe.
+    Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, PAGE_TOKEN_INVALID.
     """
     Get: _aio.UnaryUnaryMultiCallable[_credential_pb2.GetCredentialRequest, _credential_pb2.GetCredentialResponse]  # type: ignore[assignment]
     """Returns one credential.
-    Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND.
+    Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
     """
     Revoke: _aio.UnaryUnaryMultiCallable[_credential_pb2.RevokeCredentialRequest, _credential_pb2.RevokeCredentialResponse]  # type: ignore[assignment]
     """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
     are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
     Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-    Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
+    Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     WatchRevocations: _aio.UnaryStreamMultiCallable[_credential_pb2.WatchRevocationsRequest, _credential_pb2.WatchRevocationsResponse]  # type: ignore[assignment]
     """Sends every revocation whose credential has not expired, a message with `synced`, then each
     new one as it commits.
     Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-    Reasons: WATCH_LAGGED (the client read too slowly; call again).
+    Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
+    CREDENTIAL_REVOKED.
     """
 
 class CredentialServicer(metaclass=_abc_1.ABCMeta):
@@ -84,7 +88,8 @@ class CredentialServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_credential_pb2.ListCredentialsResponse, _abc.Awaitable[_credential_pb2.ListCredentialsResponse]]:
         """Lists credentials, newest first, a page at a time.
-        Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+        Callers: local, admin. Retry: safe.
+        Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, PAGE_TOKEN_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -94,7 +99,7 @@ class CredentialServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_credential_pb2.GetCredentialResponse, _abc.Awaitable[_credential_pb2.GetCredentialResponse]]:
         """Returns one credential.
-        Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND.
+        Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
         """
 
     @_abc_1.abstractmethod
@@ -106,7 +111,7 @@ class CredentialServicer(metaclass=_abc_1.ABCMeta):
         """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
         are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
         Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-        Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
+        Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -118,7 +123,8 @@ class CredentialServicer(metaclass=_abc_1.ABCMeta):
         """Sends every revocation whose credential has not expired, a message with `synced`, then each
         new one as it commits.
         Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-        Reasons: WATCH_LAGGED (the client read too slowly; call again).
+        Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
+        CREDENTIAL_REVOKED.
         """
 
 def add_CredentialServicer_to_server(servicer: CredentialServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -103,7 +103,8 @@ class EntryServicer:
         """Deletes entries, in order, each with its own status. What was issued from them stays in the
         ledger and stays valid until revoked or expired.
         Callers: local, admin. Retry: safe.
-        Reasons, per item: ENTRY_NOT_FOUND.
+        Reasons, per item: ENTRY_NOT_FOUND, MALFORMED_REQUEST. Whole call: MALFORMED_REQUEST (no item,
+        or more than 500).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +112,7 @@ class EntryServicer:
 
     def Get(self, request, context):
         """Returns one entry.
-        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND.
+        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,7 +120,8 @@ class EntryServicer:
 
     def List(self, request, context):
         """Lists entries by id, a page at a time.
-        Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+        Callers: local, admin. Retry: safe.
+        Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, ENTRY_INVALID, PAGE_TOKEN_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,8 +146,8 @@ class EntryServicer:
 
     def Explain(self, request, context):
         """Says why entries would or would not be issued to a node, selector by selector.
-        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, NODE_NOT_FOUND,
-        MALFORMED_REQUEST.
+        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST,
+        SPIFFE_ID_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

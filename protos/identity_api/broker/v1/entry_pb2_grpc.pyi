@@ -47,15 +47,17 @@ class EntryStub:
     """Deletes entries, in order, each with its own status. What was issued from them stays in the
     ledger and stays valid until revoked or expired.
     Callers: local, admin. Retry: safe.
-    Reasons, per item: ENTRY_NOT_FOUND.
+    Reasons, per item: ENTRY_NOT_FOUND, MALFORMED_REQUEST. Whole call: MALFORMED_REQUEST (no item,
+    or more than 500).
     """
     Get: _grpc.UnaryUnaryMultiCallable[_entry_pb2.GetEntryRequest, _entry_pb2.GetEntryResponse]
     """Returns one entry.
-    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND.
+    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST.
     """
     List: _grpc.UnaryUnaryMultiCallable[_entry_pb2.ListEntriesRequest, _entry_pb2.ListEntriesResponse]
     """Lists entries by id, a page at a time.
-    Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+    Callers: local, admin. Retry: safe.
+    Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, ENTRY_INVALID, PAGE_TOKEN_INVALID.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_entry_pb2.WatchEntriesRequest, _entry_pb2.WatchEntriesResponse]
     """Sends all entries, a message with `synced`, then every change as it commits.
@@ -68,8 +70,8 @@ class EntryStub:
     """
     Explain: _grpc.UnaryUnaryMultiCallable[_entry_pb2.ExplainRequest, _entry_pb2.ExplainResponse]
     """Says why entries would or would not be issued to a node, selector by selector.
-    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, NODE_NOT_FOUND,
-    MALFORMED_REQUEST.
+    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST,
+    SPIFFE_ID_INVALID.
     """
 
 @_typing.type_check_only
@@ -91,15 +93,17 @@ class EntryAsyncStub(EntryStub):
     """Deletes entries, in order, each with its own status. What was issued from them stays in the
     ledger and stays valid until revoked or expired.
     Callers: local, admin. Retry: safe.
-    Reasons, per item: ENTRY_NOT_FOUND.
+    Reasons, per item: ENTRY_NOT_FOUND, MALFORMED_REQUEST. Whole call: MALFORMED_REQUEST (no item,
+    or more than 500).
     """
     Get: _aio.UnaryUnaryMultiCallable[_entry_pb2.GetEntryRequest, _entry_pb2.GetEntryResponse]  # type: ignore[assignment]
     """Returns one entry.
-    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND.
+    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST.
     """
     List: _aio.UnaryUnaryMultiCallable[_entry_pb2.ListEntriesRequest, _entry_pb2.ListEntriesResponse]  # type: ignore[assignment]
     """Lists entries by id, a page at a time.
-    Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+    Callers: local, admin. Retry: safe.
+    Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, ENTRY_INVALID, PAGE_TOKEN_INVALID.
     """
     Watch: _aio.UnaryStreamMultiCallable[_entry_pb2.WatchEntriesRequest, _entry_pb2.WatchEntriesResponse]  # type: ignore[assignment]
     """Sends all entries, a message with `synced`, then every change as it commits.
@@ -112,8 +116,8 @@ class EntryAsyncStub(EntryStub):
     """
     Explain: _aio.UnaryUnaryMultiCallable[_entry_pb2.ExplainRequest, _entry_pb2.ExplainResponse]  # type: ignore[assignment]
     """Says why entries would or would not be issued to a node, selector by selector.
-    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, NODE_NOT_FOUND,
-    MALFORMED_REQUEST.
+    Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST,
+    SPIFFE_ID_INVALID.
     """
 
 class EntryServicer(metaclass=_abc_1.ABCMeta):
@@ -150,7 +154,8 @@ class EntryServicer(metaclass=_abc_1.ABCMeta):
         """Deletes entries, in order, each with its own status. What was issued from them stays in the
         ledger and stays valid until revoked or expired.
         Callers: local, admin. Retry: safe.
-        Reasons, per item: ENTRY_NOT_FOUND.
+        Reasons, per item: ENTRY_NOT_FOUND, MALFORMED_REQUEST. Whole call: MALFORMED_REQUEST (no item,
+        or more than 500).
         """
 
     @_abc_1.abstractmethod
@@ -160,7 +165,7 @@ class EntryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_entry_pb2.GetEntryResponse, _abc.Awaitable[_entry_pb2.GetEntryResponse]]:
         """Returns one entry.
-        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND.
+        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST.
         """
 
     @_abc_1.abstractmethod
@@ -170,7 +175,8 @@ class EntryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_entry_pb2.ListEntriesResponse, _abc.Awaitable[_entry_pb2.ListEntriesResponse]]:
         """Lists entries by id, a page at a time.
-        Callers: local, admin. Retry: safe. Reasons: MALFORMED_REQUEST, PAGE_TOKEN_INVALID.
+        Callers: local, admin. Retry: safe.
+        Reasons: MALFORMED_REQUEST, SPIFFE_ID_INVALID, ENTRY_INVALID, PAGE_TOKEN_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -201,8 +207,8 @@ class EntryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_entry_pb2.ExplainResponse, _abc.Awaitable[_entry_pb2.ExplainResponse]]:
         """Says why entries would or would not be issued to a node, selector by selector.
-        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, NODE_NOT_FOUND,
-        MALFORMED_REQUEST.
+        Callers: local, admin. Retry: safe. Reasons: ENTRY_NOT_FOUND, MALFORMED_REQUEST,
+        SPIFFE_ID_INVALID.
         """
 
 def add_EntryServicer_to_server(servicer: EntryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -56,7 +56,8 @@ class NodeAttestationServicer:
         of challenges, each answered by the node, and then with `result`.
         Callers: anyone. Retry: safe with x509_pop; a join token is spent by the first success.
         Reasons: ATTESTOR_UNKNOWN, ATTESTATION_FAILED, JOIN_TOKEN_REJECTED, CHALLENGE_FAILED,
-        CSR_REJECTED, KEY_TOO_WEAK, NODE_BANNED, MALFORMED_REQUEST, SIGNING_BACKEND_UNAVAILABLE.
+        CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED, MALFORMED_REQUEST,
+        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,8 +67,9 @@ class NodeAttestationServicer:
         """Issues the calling node a fresh SVID; the one it called with is marked superseded once the
         new one is issued, and stays valid until it expires.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
-        Reasons: NODE_BANNED, NODE_UNKNOWN, CREDENTIAL_REVOKED, CSR_REJECTED, KEY_TOO_WEAK,
-        SIGNING_BACKEND_UNAVAILABLE.
+        Reasons: NODE_BANNED, NODE_UNKNOWN, NODE_NOT_FOUND (evicted meanwhile), CREDENTIAL_REVOKED,
+        CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
+        AUTHORITY_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -74,7 +74,8 @@ class NodeServicer:
 
     def Get(self, request, context):
         """Returns one node.
-        Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+        Callers: local, admin. Retry: safe.
+        Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,7 +84,8 @@ class NodeServicer:
     def Ban(self, request, context):
         """Refuses the node from now on, on open connections too, until it is evicted; revokes what is
         valid of its own SVIDs.
-        Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+        Callers: local, admin. Retry: safe.
+        Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,7 +93,8 @@ class NodeServicer:
 
     def Evict(self, request, context):
         """Forgets the node: its SVIDs are revoked, its calls are refused, and it may attest again.
-        Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+        Callers: local, admin. Retry: safe.
+        Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

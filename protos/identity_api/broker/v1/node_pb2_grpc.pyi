@@ -37,16 +37,19 @@ class NodeStub:
     """
     Get: _grpc.UnaryUnaryMultiCallable[_node_pb2.GetNodeRequest, _node_pb2.GetNodeResponse]
     """Returns one node.
-    Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+    Callers: local, admin. Retry: safe.
+    Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     Ban: _grpc.UnaryUnaryMultiCallable[_node_pb2.BanNodeRequest, _node_pb2.BanNodeResponse]
     """Refuses the node from now on, on open connections too, until it is evicted; revokes what is
     valid of its own SVIDs.
-    Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+    Callers: local, admin. Retry: safe.
+    Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     Evict: _grpc.UnaryUnaryMultiCallable[_node_pb2.EvictNodeRequest, _node_pb2.EvictNodeResponse]
     """Forgets the node: its SVIDs are revoked, its calls are refused, and it may attest again.
-    Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+    Callers: local, admin. Retry: safe.
+    Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     CreateJoinToken: _grpc.UnaryUnaryMultiCallable[_node_pb2.CreateJoinTokenRequest, _node_pb2.CreateJoinTokenResponse]
     """Makes a token that attests one node once. The token is shown here and never again.
@@ -63,16 +66,19 @@ class NodeAsyncStub(NodeStub):
     """
     Get: _aio.UnaryUnaryMultiCallable[_node_pb2.GetNodeRequest, _node_pb2.GetNodeResponse]  # type: ignore[assignment]
     """Returns one node.
-    Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+    Callers: local, admin. Retry: safe.
+    Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     Ban: _aio.UnaryUnaryMultiCallable[_node_pb2.BanNodeRequest, _node_pb2.BanNodeResponse]  # type: ignore[assignment]
     """Refuses the node from now on, on open connections too, until it is evicted; revokes what is
     valid of its own SVIDs.
-    Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+    Callers: local, admin. Retry: safe.
+    Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     Evict: _aio.UnaryUnaryMultiCallable[_node_pb2.EvictNodeRequest, _node_pb2.EvictNodeResponse]  # type: ignore[assignment]
     """Forgets the node: its SVIDs are revoked, its calls are refused, and it may attest again.
-    Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+    Callers: local, admin. Retry: safe.
+    Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     CreateJoinToken: _aio.UnaryUnaryMultiCallable[_node_pb2.CreateJoinTokenRequest, _node_pb2.CreateJoinTokenResponse]  # type: ignore[assignment]
     """Makes a token that attests one node once. The token is shown here and never again.
@@ -98,7 +104,8 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.GetNodeResponse, _abc.Awaitable[_node_pb2.GetNodeResponse]]:
         """Returns one node.
-        Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+        Callers: local, admin. Retry: safe.
+        Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -109,7 +116,8 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_node_pb2.BanNodeResponse, _abc.Awaitable[_node_pb2.BanNodeResponse]]:
         """Refuses the node from now on, on open connections too, until it is evicted; revokes what is
         valid of its own SVIDs.
-        Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+        Callers: local, admin. Retry: safe.
+        Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -119,7 +127,8 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.EvictNodeResponse, _abc.Awaitable[_node_pb2.EvictNodeResponse]]:
         """Forgets the node: its SVIDs are revoked, its calls are refused, and it may attest again.
-        Callers: local, admin. Retry: safe. Reasons: NODE_NOT_FOUND.
+        Callers: local, admin. Retry: safe.
+        Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
 
     @_abc_1.abstractmethod

@@ -55,7 +55,7 @@ class SvidServicer:
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
         LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
-        Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED,
+        Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
         CREDENTIAL_REVOKED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

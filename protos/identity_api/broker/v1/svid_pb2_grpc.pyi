@@ -37,7 +37,7 @@ class SvidStub:
     Callers: node. Retry: safe (each success is one more credential in the ledger).
     Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
     LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
-    Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED,
+    Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
     CREDENTIAL_REVOKED.
     """
     BatchIssueJwt: _grpc.UnaryUnaryMultiCallable[_svid_pb2.BatchIssueJwtRequest, _svid_pb2.BatchIssueJwtResponse]
@@ -56,7 +56,7 @@ class SvidAsyncStub(SvidStub):
     Callers: node. Retry: safe (each success is one more credential in the ledger).
     Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
     LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
-    Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED,
+    Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
     CREDENTIAL_REVOKED.
     """
     BatchIssueJwt: _aio.UnaryUnaryMultiCallable[_svid_pb2.BatchIssueJwtRequest, _svid_pb2.BatchIssueJwtResponse]  # type: ignore[assignment]
@@ -78,7 +78,7 @@ class SvidServicer(metaclass=_abc_1.ABCMeta):
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
         LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
-        Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED,
+        Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
         CREDENTIAL_REVOKED.
         """
 
