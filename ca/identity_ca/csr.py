@@ -21,7 +21,7 @@ from cryptography.x509.oid import SignatureAlgorithmOID
 from identity_ca.errors import CsrRejected, KeyTooWeak
 from identity_ca.keys import KeyAlgorithm, PublicKey, algorithm_of, spki_der
 
-__all__ = ["MAX_CSR_BYTES", "CertificateRequest", "parse_csr"]
+__all__ = ["MAX_CSR_BYTES", "CertificateRequest", "parse_csr", "require_allowed"]
 
 MAX_CSR_BYTES: Final = 16384
 
@@ -57,6 +57,19 @@ class CertificateRequest:
     spki_der: bytes
 
 
+def require_allowed(algorithm: KeyAlgorithm, allowed: Set[KeyAlgorithm]) -> None:
+    """Returns when a profile that allows these kinds of keys allows this one.
+
+    Raises:
+        KeyTooWeak: it does not.
+    """
+    if algorithm not in allowed:
+        raise KeyTooWeak(
+            f"the profile does not allow {algorithm.value} keys",
+            hint=f"it allows: {', '.join(sorted(allowed))}",
+        )
+
+
 def parse_csr(
     der: bytes, *, allowed: Set[KeyAlgorithm], max_bytes: int = MAX_CSR_BYTES
 ) -> CertificateRequest:
@@ -82,11 +95,7 @@ def parse_csr(
             detail=str(exc),
         ) from exc
     algorithm = algorithm_of(public_key)
-    if algorithm not in allowed:
-        raise KeyTooWeak(
-            f"the profile does not allow {algorithm.value} keys",
-            hint=f"it allows: {', '.join(sorted(allowed))}",
-        )
+    require_allowed(algorithm, allowed)
     if request.signature_algorithm_oid not in _SIGNATURES:
         raise CsrRejected(
             "the signing request is signed with an algorithm that proves nothing",

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from identity_ca.authority_certificate import issuer_facts
-from identity_ca.csr import parse_csr
+from identity_ca.csr import CertificateRequest, parse_csr, require_allowed
 from identity_ca.errors import LintFailed, ProfileViolation, UpstreamRejected
 from identity_ca.keys import SigningKey
 from identity_ca.lint import BACKDATE, Expectations, lint_tbs
@@ -184,7 +184,7 @@ class X509Issuer:
     def prepare(
         self,
         *,
-        csr: bytes,
+        csr: bytes | CertificateRequest,
         spiffe_id: SpiffeId,
         profile: X509Profile,
         ttl: timedelta,
@@ -198,7 +198,7 @@ class X509Issuer:
         `dns_names` in their order, each once.
 
         Args:
-            csr: PKCS #10, DER. Only its key is used.
+            csr: PKCS #10, DER, or what `parse_csr` made of it. Only its key is used.
             now: aware, in UTC.
 
         Raises:
@@ -217,7 +217,11 @@ class X509Issuer:
             raise ProfileViolation("a workload certificate cannot have a CA profile")
         names = _dns_sans(spiffe_id, dns_names, profile)
         not_before, not_after = self._validity(profile, ttl, now)
-        request = parse_csr(csr, allowed=profile.key_algorithms)
+        if isinstance(csr, CertificateRequest):
+            request = csr
+            require_allowed(request.algorithm, profile.key_algorithms)
+        else:
+            request = parse_csr(csr, allowed=profile.key_algorithms)
         serial = new_serial(now)
         tbs = self._template.encode(
             serial=serial,

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 RESERVED_PREFIX = "/idb"
 _NODE_PREFIX = f"{RESERVED_PREFIX}/node/"
 
 
+@lru_cache(maxsize=64)
 def broker_id(trust_domain: TrustDomain) -> SpiffeId:
     """The broker's own SPIFFE ID, also the parent of node-group entries."""
     return SpiffeId.from_segments(trust_domain, "idb", "broker")

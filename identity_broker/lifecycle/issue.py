@@ -1,34 +1,41 @@
-"""issue: from grants to credentials.
+"""issue: from grants to credentials, many calls at a time.
 
 - Step 1, prepare: CSR checked, certificate encoded and linted; no key touched.
 - Step 2, intend: the ledger is durable.
 - Step 3, sign. Step 4, conclude.
-- An item that fails in step 1 fails alone; a failure in steps 2 or 3 fails all that were prepared.
-- From step 2 on, the work is shielded from cancellation: a caller who hangs up leaves a recorded
-  credential, not a half-made one.
+- Calls that arrive while others are being recorded go together in the next *flight*: one group of
+  intents, one commit, one round of signatures. A single call waits for nobody.
+- An item that fails in step 1 fails alone; a failure in steps 2 or 3 fails all of its flight.
+- A flight outlives its callers: one who hangs up leaves a recorded credential, not a half-made one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.grant import Grant
-from identity_broker.errors import AuthorityUnavailable, BrokerError
-from identity_broker.lifecycle.record import Record
+from identity_broker.errors import AuthorityUnavailable, BrokerError, InvariantViolated
+from identity_broker.lifecycle.record import Order, Record
 from identity_broker.signing import Signing
+from identity_broker.telemetry.logs import get_logger
 from identity_ca.issuer import PreparedX509, X509Credential
 from identity_ca.jwt import JwtCredential, PreparedJwt
 
-P = TypeVar("P", PreparedX509, PreparedJwt)
-C = TypeVar("C", X509Credential, JwtCredential)
+_log = get_logger("issue")
 
-# A batch gives way to other calls after this many CSRs (about 0.15 ms each).
-_STRETCH = 8
+# Orders in one flight, unless a single call brings more.
+_MOST = 256
+# A second flight may start beside the first when this many orders wait: then its CSRs are checked
+# while the first one is recorded. Fewer are better off together in one.
+_ENOUGH = 64
+# A flight of remote signatures spends its time waiting: several may.
+_REMOTE_FLIGHTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +54,48 @@ class JwtOrder:
     audiences: Sequence[str]
 
 
+O = TypeVar("O", bound=X509Order | JwtOrder)  # noqa: E741
+P = TypeVar("P", bound=PreparedX509 | PreparedJwt)
+C = TypeVar("C", bound=X509Credential | JwtCredential)
+
+
 class Issue:
     """Turns grants into recorded credentials."""
 
     def __init__(self, signing: Signing, record: Record, clock: Clock) -> None:
-        self._signing = signing
-        self._record = record
-        self._clock = clock
-        self._under_way: set[asyncio.Task[Any]] = set()
         self._open = _Open()
+        self._x509 = _Lane[X509Order, PreparedX509, X509Credential](
+            prepare=lambda orders, now: signing.prepare_x509_many(
+                [(order.grant, order.csr) for order in orders], now
+            ),
+            sign=signing.sign_x509,
+            is_remote=lambda: signing.x509_is_remote,
+            record=record,
+            clock=clock,
+            open_calls=self._open,
+        )
+        self._jwt = _Lane[JwtOrder, PreparedJwt, JwtCredential](
+            prepare=lambda orders, now: signing.prepare_jwt_many(
+                [(order.grant, order.audiences) for order in orders], now
+            ),
+            sign=signing.sign_jwt,
+            is_remote=lambda: signing.jwt_is_remote,
+            record=record,
+            clock=clock,
+            open_calls=self._open,
+        )
 
     async def x509(
         self, orders: Sequence[X509Order], correlation_id: str = ""
     ) -> list[X509Credential | BrokerError]:
         """Issue X.509-SVIDs; each order's own result, in order."""
-        return await self._issue(
-            orders,
-            lambda order, now: self._signing.prepare_x509(order.grant, order.csr, now),
-            self._signing.sign_x509,
-            correlation_id,
-        )
+        return await self._x509.submit(orders, correlation_id)
 
     async def jwt(
         self, orders: Sequence[JwtOrder], correlation_id: str = ""
     ) -> list[JwtCredential | BrokerError]:
         """Issue JWT-SVIDs; each order's own result, in order."""
-        return await self._issue(
-            orders,
-            lambda order, now: self._signing.prepare_jwt(order.grant, order.audiences, now),
-            self._signing.sign_jwt,
-            correlation_id,
-        )
+        return await self._jwt.submit(orders, correlation_id)
 
     async def settled(self) -> None:
         """Return when everything that was granted before this call has its outcome.
@@ -86,86 +104,129 @@ class Issue:
         """
         await self._open.settled()
 
-    async def _issue(
-        self,
-        orders: Sequence[Any],
-        prepare: Callable[[Any, datetime], P],
-        sign: Callable[[Sequence[P]], Awaitable[list[C]]],
-        correlation_id: str,
-    ) -> list[C | BrokerError]:
-        number = self._open.enter()
-        try:
-            return await self._prepare_and_issue(number, orders, prepare, sign, correlation_id)
-        finally:
-            self._open.leave(number)
 
-    async def _prepare_and_issue(
+class _Call(Generic[O, C]):
+    """One caller's orders, and where the results go."""
+
+    __slots__ = ("correlation_id", "done", "number", "orders")
+
+    def __init__(
         self,
+        orders: Sequence[O],
+        correlation_id: str,
         number: int,
-        orders: Sequence[Any],
-        prepare: Callable[[Any, datetime], P],
-        sign: Callable[[Sequence[P]], Awaitable[list[C]]],
-        correlation_id: str,
-    ) -> list[C | BrokerError]:
-        now = self._clock.now()
-        results: list[C | BrokerError | None] = [None] * len(orders)
-        ready: list[int] = []
-        prepared: list[P] = []
-        for at, order in enumerate(orders):
-            if at and at % _STRETCH == 0:
-                await asyncio.sleep(0)
-            try:
-                prepared.append(prepare(order, now))
-            except BrokerError as error:
-                results[at] = error
-            else:
-                ready.append(at)
-        if ready:
-            grants = [orders[at].grant for at in ready]
-            for at, result in zip(
-                ready,
-                await self._shielded(
-                    number,
-                    self._record_and_sign(grants, prepared, sign, now, correlation_id),
-                    len(prepared),
-                ),
-                strict=True,
-            ):
-                results[at] = result
-        return [result for result in results if result is not None]
+        done: asyncio.Future[list[C | BrokerError]],
+    ) -> None:
+        self.orders = orders
+        self.correlation_id = correlation_id
+        self.number = number
+        self.done = done
 
-    async def _shielded(
-        self, number: int, work: Coroutine[Any, Any, list[C]], size: int
-    ) -> Sequence[C | BrokerError]:
-        task = asyncio.create_task(work)
-        # The task holds the call open: it goes on when its caller hangs up.
-        self._open.hold(number)
-        self._under_way.add(task)
-        task.add_done_callback(lambda done: self._ended(done, number))
-        try:
-            return await asyncio.shield(task)
-        except BrokerError as error:
-            return [error] * size
 
-    def _ended(self, task: asyncio.Task[Any], number: int) -> None:
-        self._under_way.discard(task)
-        self._open.leave(number)
-        if not task.cancelled():
-            # Fetched here too: a caller that hung up will not ask.
-            task.exception()
+class _Lane(Generic[O, P, C]):
+    """Credentials of one kind, in flights."""
 
-    async def _record_and_sign(
+    def __init__(
         self,
-        grants: Sequence[Grant],
-        prepared: Sequence[P],
+        *,
+        prepare: Callable[[Sequence[O], datetime], Awaitable[list[P | BrokerError]]],
         sign: Callable[[Sequence[P]], Awaitable[list[C]]],
-        now: datetime,
-        correlation_id: str,
-    ) -> list[C]:
-        await self._record.intend(list(zip(grants, prepared, strict=True)), now, correlation_id)
-        signed = await sign(prepared)
+        is_remote: Callable[[], bool],
+        record: Record,
+        clock: Clock,
+        open_calls: _Open,
+    ) -> None:
+        self._prepare = prepare
+        self._sign = sign
+        self._is_remote = is_remote
+        self._record = record
+        self._clock = clock
+        self._open = open_calls
+        self._waiting: deque[_Call[O, C]] = deque()
+        self._orders_waiting = 0
+        self._flights: set[asyncio.Task[None]] = set()
+
+    async def submit(self, orders: Sequence[O], correlation_id: str) -> list[C | BrokerError]:
+        """Return each order's own result, in order."""
+        if not orders:
+            return []
+        done: asyncio.Future[list[C | BrokerError]] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Call(orders, correlation_id, self._open.enter(), done))
+        self._orders_waiting += len(orders)
+        self._launch()
+        return await done
+
+    def _launch(self) -> None:
+        while self._waiting and self._may_start():
+            flight = asyncio.create_task(self._fly(self._board()))
+            self._flights.add(flight)
+            flight.add_done_callback(self._landed)
+
+    def _may_start(self) -> bool:
+        under_way = len(self._flights)
+        if under_way == 0:
+            return True
+        if self._is_remote():
+            return under_way < _REMOTE_FLIGHTS
+        return under_way == 1 and self._orders_waiting >= _ENOUGH
+
+    def _board(self) -> list[_Call[O, C]]:
+        calls: list[_Call[O, C]] = []
+        size = 0
+        while self._waiting and (not calls or size + len(self._waiting[0].orders) <= _MOST):
+            call = self._waiting.popleft()
+            self._orders_waiting -= len(call.orders)
+            if call.done.done():
+                self._open.leave(call.number)  # hung up before anything was made
+                continue
+            calls.append(call)
+            size += len(call.orders)
+        return calls
+
+    def _landed(self, flight: asyncio.Task[None]) -> None:
+        self._flights.discard(flight)
+        self._launch()
+
+    async def _fly(self, calls: list[_Call[O, C]]) -> None:
+        orders = [order for call in calls for order in call.orders]
+        results: Sequence[C | BrokerError]
+        try:
+            results = await self._issued(calls, orders)
+        except BrokerError as error:
+            results = [error] * len(orders)
+        except Exception as error:  # noqa: BLE001  # a bug must not leave callers waiting
+            _log.exception("flight failed", count=len(orders))
+            results = [InvariantViolated(detail=f"{type(error).__name__}: {error}")] * len(orders)
+        finally:
+            for call in calls:
+                self._open.leave(call.number)
+        at = 0
+        for call in calls:
+            if not call.done.done():
+                call.done.set_result(list(results[at : at + len(call.orders)]))
+            at += len(call.orders)
+
+    async def _issued(
+        self, calls: Sequence[_Call[O, C]], orders: Sequence[O]
+    ) -> Sequence[C | BrokerError]:
+        now = self._clock.now()
+        prepared = await self._prepare(orders, now)
+        correlations = [call.correlation_id for call in calls for _ in call.orders]
+        intents: list[Order] = []
+        ready: list[P] = []
+        grants: list[Grant] = []
+        for order, item, correlation_id in zip(orders, prepared, correlations, strict=True):
+            if not isinstance(item, BrokerError):
+                intents.append(Order(order.grant, item, correlation_id))
+                ready.append(item)
+                grants.append(order.grant)
+        if not ready:
+            return [item for item in prepared if isinstance(item, BrokerError)]
+        await self._record.intend(intents, now)
+        signed = await self._sign(ready)
         self._record.conclude(grants, signed, self._clock.now())
-        return signed
+        issued = iter(signed)
+        return [item if isinstance(item, BrokerError) else next(issued) for item in prepared]
 
 
 class _Open:
@@ -175,22 +236,15 @@ class _Open:
 
     def __init__(self) -> None:
         self._last = 0
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[int, None] = {}
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     def enter(self) -> int:
         self._last += 1
-        self._numbers[self._last] = 1
+        self._numbers[self._last] = None
         return self._last
 
-    def hold(self, number: int) -> None:
-        self._numbers[number] += 1
-
     def leave(self, number: int) -> None:
-        holders = self._numbers[number] - 1
-        if holders:
-            self._numbers[number] = holders
-            return
         del self._numbers[number]
         if not self._waiting:
             return

@@ -178,7 +178,7 @@ async def test_a_caller_that_hangs_up_leaves_a_recorded_credential(parts: Parts)
     entry = await parts.admit()
     grant = parts.authorize.entry(NODE, entry.id)
     issuing = asyncio.create_task(parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
-    while not parts.issue._under_way:
+    while not parts.issue._x509._flights:
         await asyncio.sleep(0)
     issuing.cancel()
     with pytest.raises(asyncio.CancelledError):

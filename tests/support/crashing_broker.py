@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from identity_broker.lifecycle.directory import Directory
-from identity_broker.lifecycle.issue import Issue
 from identity_broker.lifecycle.record import Record
 from identity_broker.server.app import BoundAddresses, run_broker
+from identity_broker.signing import Signing
 from identity_broker.store import Store
 from identity_broker.store.ledger import Ledger
 from identity_broker.telemetry import logs
@@ -32,7 +32,7 @@ from support.line import settings_in
 
 # Point → (owner, method). Each is swept before and after.
 POINTS: dict[str, tuple[type, str]] = {
-    "prepare": (Issue, "_prepare_and_issue"),
+    "prepare": (Signing, "prepare_x509_many"),
     "intend": (Record, "intend"),
     "commit": (Ledger, "_transact_once"),
     "answer": (Ledger, "_answer"),

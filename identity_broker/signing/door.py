@@ -1,6 +1,7 @@
 """The one door from the event loop to the blocking CA library.
 
-- Local keys sign on the loop: one signature costs less than handing it to a thread.
+- Local keys sign on the loop: one signature costs less than handing it to a thread. CSRs of several
+  orders are checked in one thread, beside the loop.
 - Remote keys sign in bounded threads; orders that wait for a thread are signed together, in one
   round trip.
 - What is prepared is signed by the authority that prepared it, even when that was replaced a
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,14 +22,10 @@ from typing import Generic, Protocol, TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from identity_broker import errors
 from identity_broker.domain.grant import Grant, GrantKind
-from identity_broker.errors import (
-    AuthorityUnavailable,
-    BrokerError,
-    InvariantViolated,
-    SigningBackendUnavailable,
-)
+from identity_broker.errors import AuthorityUnavailable, BrokerError
+from identity_broker.signing.errors import translate
+from identity_broker.signing.lane import Lane
 from identity_ca.authority import (
     Authority,
     AuthorityKind,
@@ -37,6 +34,7 @@ from identity_ca.authority import (
     authority_bundle,
 )
 from identity_ca.bundle import TrustBundle
+from identity_ca.csr import CertificateRequest, parse_csr
 from identity_ca.errors import CAError, KeyNotFound
 from identity_ca.issuer import PreparedX509, X509Credential, X509Issuer
 from identity_ca.jwt import JwtCredential, JwtIssuer, PreparedJwt
@@ -55,35 +53,22 @@ _PROFILES: dict[GrantKind, X509Profile] = {
     GrantKind.BROKER: BROKER,
 }
 
-_BY_REASON: dict[str, type[BrokerError]] = {
-    leaf.reason: leaf
-    for leaf in (
-        errors.InvalidSpiffeId,
-        errors.CsrRejected,
-        errors.KeyTooWeak,
-        errors.PolicyViolation,
-        errors.LintFailed,
-        errors.AudienceInvalid,
-        errors.SigningBackendUnavailable,
-    )
-}
-# A backend that answers wrongly is, to the caller, one that cannot be used now.
-_BACKEND_REASONS = frozenset(
-    {"SIGNING_BACKEND_MISCONFIGURED", "KEY_NOT_FOUND", "UPSTREAM_REJECTED"}
-)
+# Fewer CSRs than this are checked sooner than a thread is woken.
+_WORTH_A_THREAD = 3
+# Other work gets its turn after this many certificates.
+_STRETCH = 16
 
 
-def translate(error: CAError) -> BrokerError:
-    """Return the broker's error for one of the CA library's."""
-    leaf = _BY_REASON.get(error.reason)
-    detail = f"{error}; {error.detail}" if error.detail else str(error)
-    if leaf is not None and issubclass(leaf, SigningBackendUnavailable):
-        return leaf(detail=detail, retry_after=error.retry_after or 1.0)
-    if leaf is not None:
-        return leaf(error.message, detail=error.detail, hint=error.hint)
-    if error.reason in _BACKEND_REASONS:
-        return SigningBackendUnavailable(detail=detail, retry_after=error.retry_after or 5.0)
-    return InvariantViolated(detail=detail)
+def _checked(
+    requests: Sequence[tuple[Set[KeyAlgorithm], bytes]],
+) -> list[CertificateRequest | BrokerError]:
+    found: list[CertificateRequest | BrokerError] = []
+    for allowed, csr in requests:
+        try:
+            found.append(parse_csr(csr, allowed=allowed))
+        except CAError as error:
+            found.append(translate(error))
+    return found
 
 
 class _Prepared(Protocol):
@@ -148,8 +133,9 @@ class Signing:
         self._refresh_hint = refresh_hint
         self._observe = observe
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="signing")
-        self._x509_lane = _Lane[PreparedX509, X509Credential](self._pool, flights=threads // 2)
-        self._jwt_lane = _Lane[PreparedJwt, JwtCredential](self._pool, flights=threads // 2)
+        self._csr_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="csr")
+        self._x509_lane = Lane[PreparedX509, X509Credential](self._pool, flights=threads // 2)
+        self._jwt_lane = Lane[PreparedJwt, JwtCredential](self._pool, flights=threads // 2)
         self._authorities: Authorities | None = None
 
     @property
@@ -173,9 +159,65 @@ class Signing:
         """The trust domain's bundle."""
         return self.authorities.bundle
 
-    # --- preparing: on the loop, no key touched -----------------------------------------------
+    @property
+    def x509_is_remote(self) -> bool:
+        """Whether an X.509 signature is a round trip."""
+        issuer = self.authorities.x509
+        return issuer is not None and issuer.key.remote
 
-    def prepare_x509(self, grant: Grant, csr: bytes, now: datetime) -> PreparedX509:
+    @property
+    def jwt_is_remote(self) -> bool:
+        """Whether a JWT signature is a round trip."""
+        authorities = self.authorities
+        issuer = authorities.jwt
+        return issuer is not None and authorities.jwt_issuers[issuer.authority_id].remote
+
+    # --- preparing: no key touched ----------------------------------------------------------------
+
+    async def prepare_x509_many(
+        self, orders: Sequence[tuple[Grant, bytes]], now: datetime
+    ) -> list[PreparedX509 | BrokerError]:
+        """Check CSRs and encode the certificates that the grants allow; each its own result.
+
+        The CSRs of several orders are checked in a thread: that is most of the work, and it does
+        not hold the interpreter.
+        """
+        requests = [(_PROFILES[grant.kind].key_algorithms, csr) for grant, csr in orders]
+        if len(requests) < _WORTH_A_THREAD:
+            checked = _checked(requests)
+        else:
+            loop = asyncio.get_running_loop()
+            checked = await loop.run_in_executor(self._csr_thread, _checked, requests)
+        prepared: list[PreparedX509 | BrokerError] = []
+        for at, ((grant, _), request) in enumerate(zip(orders, checked, strict=True)):
+            if at and at % _STRETCH == 0:
+                await asyncio.sleep(0)
+            if isinstance(request, BrokerError):
+                prepared.append(request)
+                continue
+            try:
+                prepared.append(self.prepare_x509(grant, request, now))
+            except BrokerError as error:
+                prepared.append(error)
+        return prepared
+
+    async def prepare_jwt_many(
+        self, orders: Sequence[tuple[Grant, Sequence[str]]], now: datetime
+    ) -> list[PreparedJwt | BrokerError]:
+        """Encode the tokens that the grants allow; each its own result."""
+        prepared: list[PreparedJwt | BrokerError] = []
+        for at, (grant, audiences) in enumerate(orders):
+            if at and at % _STRETCH == 0:
+                await asyncio.sleep(0)
+            try:
+                prepared.append(self.prepare_jwt(grant, audiences, now))
+            except BrokerError as error:
+                prepared.append(error)
+        return prepared
+
+    def prepare_x509(
+        self, grant: Grant, csr: bytes | CertificateRequest, now: datetime
+    ) -> PreparedX509:
         """Check a CSR and encode the certificate that the grant allows.
 
         Raises:
@@ -238,7 +280,7 @@ class Signing:
         self,
         kind: str,
         issuers: Mapping[str, _Bound[P, C]],
-        lane: _Lane[P, C],
+        lane: Lane[P, C],
         prepared: Sequence[P],
     ) -> list[C]:
         authority_id = prepared[0].authority_id
@@ -403,6 +445,7 @@ class Signing:
         await self._in_thread(self._keys.close)
         await self._in_thread(self._upstream.close)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._csr_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
@@ -422,61 +465,3 @@ def _still_trusted(
     trusted = {authority.id for authority in authorities.trusted}
     last = issuer.authority_id
     return {last: bound[last]} if last in trusted else {}
-
-
-class _Lane(Generic[P, C]):
-    """Signs remotely; what waits while all flights are under way goes together with the next."""
-
-    def __init__(self, pool: ThreadPoolExecutor, *, flights: int, most: int = 250) -> None:
-        self._pool = pool
-        self._free = max(1, flights)
-        self._most = most
-        self._waiting: list[
-            tuple[Callable[[Sequence[P]], list[C]], Sequence[P], asyncio.Future[list[C]]]
-        ] = []
-        self._flying: set[asyncio.Task[None]] = set()
-
-    async def submit(self, sign: Callable[[Sequence[P]], list[C]], orders: Sequence[P]) -> list[C]:
-        """Return the signed orders, in order."""
-        done: asyncio.Future[list[C]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((sign, orders, done))
-        self._launch()
-        return await done
-
-    def _launch(self) -> None:
-        while self._free and self._waiting:
-            sign = self._waiting[0][0]
-            load, size = [], 0
-            # One flight is one authority's; a replaced authority's orders fly apart.
-            while self._waiting and self._waiting[0][0] == sign and size < self._most:
-                load.append(self._waiting.pop(0))
-                size += len(load[-1][1])
-            self._free -= 1
-            task = asyncio.get_running_loop().create_task(self._fly(sign, load))
-            self._flying.add(task)
-            task.add_done_callback(self._flying.discard)
-
-    async def _fly(
-        self,
-        sign: Callable[[Sequence[P]], list[C]],
-        load: list[tuple[Callable[[Sequence[P]], list[C]], Sequence[P], asyncio.Future[list[C]]]],
-    ) -> None:
-        orders = [order for _, part, _ in load for order in part]
-        try:
-            signed = await asyncio.get_running_loop().run_in_executor(self._pool, sign, orders)
-        except BaseException as error:
-            failure = translate(error) if isinstance(error, CAError) else error
-            for _, _, done in load:
-                if not done.done():
-                    done.set_exception(failure)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            at = 0
-            for _, part, done in load:
-                if not done.done():
-                    done.set_result(signed[at : at + len(part)])
-                at += len(part)
-        finally:
-            self._free += 1
-            self._launch()
