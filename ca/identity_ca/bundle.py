@@ -299,6 +299,9 @@ def _x509_authorities(jwk: Mapping[str, Any], place: int) -> Iterable[bytes]:
         der = binascii.a2b_base64(chain[0].encode("ascii"), strict_mode=True)
     except ValueError as exc:
         raise BundleRejected(f'key {place} of the bundle: "x5c" is not base64') from exc
+    # The library's strict mode still takes padding where none belongs, and stray last bits.
+    if b64encode(der).decode("ascii") != chain[0]:
+        raise BundleRejected(f'key {place} of the bundle: "x5c" is not base64')
     certificate = _ca_certificate(der, place)
     if spki_der(_certificate_key(certificate, place)) != spki_der(public_key):
         raise BundleRejected(f"key {place} of the bundle: the certificate is for another key")

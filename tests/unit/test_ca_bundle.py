@@ -671,22 +671,59 @@ def test_the_longest_kid_is_read():
     assert read(document(keys=[jwt_jwk(kid="k" * 1024)])).jwt_keys[0].key_id == "k" * 1024
 
 
+def with_padding(count: int) -> str:
+    """A CA certificate in base64 that ends with that many `=`; which, its length decides."""
+    for octets in range(1, 4):
+        name = x509.Name.from_rfc4514_string(f"CN={'a' * octets}")
+        limits = x509.BasicConstraints(ca=True, path_length=None)
+        key = signing_key(KeyAlgorithm.RSA_2048)  # whose signatures all have one length
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(x509.Name([]))
+            .public_key(signing_key().public_key)
+            .serial_number(1)
+            .not_valid_before(NOW)
+            .not_valid_after(NOW + DAY)
+            .add_extension(limits, critical=True)
+            .sign(key.as_private_key(), hashes.SHA256())
+        )
+        text = b64encode(der(certificate)).decode()
+        if text.count("=") == count:
+            return text
+    raise AssertionError(count)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize(
     "change",
     [
         lambda b64: b64[:40] + "\n" + b64[40:],
         lambda b64: b64[:40] + " " + b64[40:],
         lambda b64: "!" + b64,
+        lambda b64: b64 + "=",
         lambda b64: b64 + "====",
         lambda b64: b64[:40] + "-_-_" + b64[40:],
         lambda b64: b64 + "\n",
     ],
+    ids=["line", "blank", "mark", "pad", "pads", "url", "end"],
 )
-def test_x5c_is_strict_base64(change):
+def test_x5c_is_strict_base64(change, padding):
     """RFC 7517 section 4.7: no line breaks and no other alphabet; nothing is skipped in silence."""
-    good = x509_jwk()["x5c"][0]
-    assert read(document(keys=[x509_jwk(x5c=[good])])).x509_authorities
-    assert '"x5c" is not base64' in refused(document(keys=[x509_jwk(x5c=[change(good)])]))
+    good = with_padding(padding)
+    key = x509_jwk() | {k: jwt_jwk()[k] for k in ("kty", "crv", "x", "y")}
+    assert read(document(keys=[key | {"x5c": [good]}])).x509_authorities
+    assert '"x5c" is not base64' in refused(document(keys=[key | {"x5c": [change(good)]}]))
+
+
+def test_x5c_has_one_spelling():
+    """The last character of a padded group has bits to spare, and they are zero."""
+    good = with_padding(2)
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    other = alphabet[alphabet.index(good[-3]) + 1]
+    key = x509_jwk() | {k: jwt_jwk()[k] for k in ("kty", "crv", "x", "y")}
+    changed = f"{good[:-3]}{other}=="
+    assert '"x5c" is not base64' in refused(document(keys=[key | {"x5c": [changed]}]))
 
 
 @pytest.mark.parametrize("hint", [315_360_001, 10**15, (1 << 64) - 1])
