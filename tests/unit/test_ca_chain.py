@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
 from identity_ca.bundle import TrustBundle
-from identity_ca.chain import verify_x509_svid
+from identity_ca.chain import find_path, verify_x509_svid
 from identity_ca.der import element
 from identity_ca.errors import ChainRejected
 from identity_ca.keys import KeyAlgorithm, LocalSigningKey, key_fingerprint, signature_hash
@@ -687,3 +687,19 @@ def test_rsa_pss_is_as_good_as_its_digest() -> None:
     )
     with pytest.raises(ChainRejected, match="weak or unknown algorithm"):
         verify_x509_svid([forged], bundle=below.bundle, now=NOW)
+
+
+def test_a_path_is_no_longer_than_a_peer_may_send() -> None:
+    """Whoever else builds paths, with more at hand: three intermediates, then the anchor."""
+    keys = [signing_key(nth=95 + nth) for nth in range(5)]
+    free = ca_extensions(path_length=None)
+    line = [authority("ca-0", keys[0], None, keys[0], free)]
+    for nth in range(1, 5):
+        line.append(authority(f"ca-{nth}", keys[nth], line[-1], keys[nth - 1], free))
+    anchor, *intermediates = line
+    end = leaf(issuer=line[3], issuer_key=keys[3])
+    path = find_path(end, intermediates=intermediates, anchors=[anchor], now=NOW)
+    assert path == (end, line[3], line[2], line[1], anchor)
+    further = leaf(issuer=line[4], issuer_key=keys[4])
+    with pytest.raises(ChainRejected, match="no authority"):
+        find_path(further, intermediates=intermediates, anchors=[anchor], now=NOW)
