@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -66,7 +66,12 @@ class Check:
 
 
 class Gate:
-    """Who is calling, as far as the listener could prove it."""
+    """Who is calling, as far as the listener could prove it.
+
+    Args:
+        is_authority: whether an authority of ours that is still trusted has that key identifier. A
+            root may certify others than us: what they sign is no identity here.
+    """
 
     def __init__(
         self,
@@ -74,11 +79,13 @@ class Gate:
         trust_domain: TrustDomain,
         clock: Clock,
         *,
+        is_authority: Callable[[str], bool],
         admin_gid: int | None = None,
     ) -> None:
         self._directory = directory
         self._trust_domain = trust_domain
         self._clock = clock
+        self._is_authority = is_authority
         self._admin_gid = admin_gid
         self._own_uid = os.geteuid()
 
@@ -125,6 +132,11 @@ class Gate:
             raise Unauthenticated(
                 f'this broker serves the trust domain "{self._trust_domain}" alone',
                 detail=f"peer {spiffe_id}",
+            )
+        if not self._is_authority(peer.authority_key_id):
+            raise Unauthenticated(
+                "the X.509-SVID this call was made with was not issued by this broker",
+                detail=f"{spiffe_id} signed by {peer.authority_key_id[:64] or 'an unnamed key'}",
             )
         now = self._clock.now()
         if now >= peer.not_after:

@@ -229,7 +229,13 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         rotate_authorities=rotate_authorities,
         rotate_server=rotate_server,
         trust=trust,
-        gate=Gate(directory, trust_domain, clock, admin_gid=settings.server.admin_gid),
+        gate=Gate(
+            directory,
+            trust_domain,
+            clock,
+            is_authority=signing.is_trusted,
+            admin_gid=settings.server.admin_gid,
+        ),
         services=services,
     )
 

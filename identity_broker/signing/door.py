@@ -102,6 +102,7 @@ class Authorities:
     jwt_issuers: Mapping[str, _Bound[PreparedJwt, JwtCredential]]
     x509_set: AuthoritySet
     jwt_set: AuthoritySet
+    trusted_ids: frozenset[str]
     bundle: TrustBundle
 
 
@@ -171,6 +172,10 @@ class Signing:
         authorities = self.authorities
         issuer = authorities.jwt
         return issuer is not None and authorities.jwt_issuers[issuer.authority_id].remote
+
+    def is_trusted(self, authority_id: str) -> bool:
+        """Whether that X.509 authority is ours and what it signed is still to be accepted."""
+        return authority_id in self.authorities.trusted_ids
 
     # --- preparing: no key touched ----------------------------------------------------------------
 
@@ -419,7 +424,14 @@ class Signing:
             refresh_hint=self._refresh_hint,
         )
         return Authorities(
-            x509_issuer, jwt_issuer, x509_issuers, jwt_issuers, x509_set, jwt_set, bundle
+            x509=x509_issuer,
+            jwt=jwt_issuer,
+            x509_issuers=x509_issuers,
+            jwt_issuers=jwt_issuers,
+            x509_set=x509_set,
+            jwt_set=jwt_set,
+            trusted_ids=frozenset(authority.id for authority in x509_set.trusted),
+            bundle=bundle,
         )
 
     # --- dependencies -----------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from identity_api.broker.v1 import credential_pb2, credential_pb2_grpc, node_attestation_pb2_grpc
 from identity_api.broker.v1 import node_attestation_pb2 as pb
@@ -24,6 +25,11 @@ from identity_broker.lifecycle.issue import X509Order, one
 from identity_broker.lifecycle.rotate import RotateServer
 from identity_broker.server.app import run_broker
 from identity_broker.server.trust import Trust
+from identity_ca.authority_certificate import build_root
+from identity_ca.issuer import X509Issuer
+from identity_ca.keys import KeyAlgorithm, LocalSigningKey, generate_private_key
+from identity_ca.profile import WORKLOAD
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from support.line import csr_for, new_key, node_id, reason_of, running, settings_in
 from support.verbs import HINT, LIFE, NODE, OPERATOR, START, Parts
 
@@ -313,3 +319,44 @@ async def test_a_clock_that_went_forward_and_back_forgets_no_revocation(parts: P
     parts.clock.time = START + HINT
     await parts.directory.forget_expired()
     assert parts.directory.is_revoked(issued.serial)
+
+
+async def test_what_another_ca_below_the_same_root_signed_is_no_identity(tmp_path: Path) -> None:
+    domain = TrustDomain.parse("example.org")
+    root_key = LocalSigningKey("root@1", generate_private_key(KeyAlgorithm.EC_P256))
+    now = datetime.now(UTC)
+    root = build_root(root_key, trust_domain=domain, ttl=timedelta(days=30), now=now, path_length=1)
+    cert_file, key_file = tmp_path / "root.pem", tmp_path / "root.key"
+    cert_file.write_bytes(root.public_bytes(Encoding.PEM))
+    key_file.write_bytes(
+        root_key.as_private_key().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    key_file.chmod(0o600)
+    settings = settings_in(
+        tmp_path / "idb",
+        ca={
+            "key_manager": "memory",
+            "upstream": "disk",
+            "disk": {"cert_file": str(cert_file), "key_file": str(key_file)},
+        },
+    )
+    async with running(settings) as broker:
+        node = await broker.join("web-1")
+        await broker.entry("/ops", "web-1", admin=True)
+        # The root signs a leaf with that administrator's name, past the broker.
+        key = new_key()
+        stranger = X509Issuer(authority_id="root", trust_domain=domain, key=root_key, chain=[root])
+        leaf = stranger.sign(
+            stranger.prepare(
+                csr=csr_for(key),
+                spiffe_id=SpiffeId.parse("spiffe://example.org/ops"),
+                profile=WORKLOAD,
+                ttl=timedelta(hours=1),
+                now=now,
+            )
+        )
+        forged = type(node.svid)(cert_chain=list(leaf.chain))
+        stub = credential_pb2_grpc.CredentialStub(await broker.mtls(key, forged))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.List(credential_pb2.ListCredentialsRequest())
+        assert reason_of(refused.value) == "UNAUTHENTICATED"
