@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -42,13 +42,26 @@ class MachineCa:
         self.certificate = self._build(name, name, self.key, self.key, ca=True)
 
     def machine(
-        self, key: Any = None, *, name: str = "web-1.internal", days: int = 30
+        self,
+        key: Any = None,
+        *,
+        name: str = "web-1.internal",
+        days: int = 30,
+        ca: bool = False,
+        purposes: Sequence[x509.ObjectIdentifier] = (),
     ) -> tuple[Any, x509.Certificate]:
         """A machine's key and certificate."""
         key = key or ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         certificate = self._build(
-            subject, self.certificate.subject, key, self.key, ca=False, days=days, dns=name
+            subject,
+            self.certificate.subject,
+            key,
+            self.key,
+            ca=ca,
+            days=days,
+            dns=name,
+            purposes=purposes,
         )
         return key, certificate
 
@@ -62,6 +75,7 @@ class MachineCa:
         ca: bool,
         days: int = 30,
         dns: str = "",
+        purposes: Sequence[x509.ObjectIdentifier] = (),
     ) -> x509.Certificate:
         now = datetime.now(UTC)
         builder = (
@@ -100,6 +114,8 @@ class MachineCa:
             builder = builder.add_extension(
                 x509.SubjectAlternativeName([x509.DNSName(dns)]), critical=False
             )
+        if purposes:
+            builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         return builder.sign(signer, hashes.SHA256())
 
 
@@ -239,6 +255,41 @@ async def test_an_expired_certificate_and_a_foreign_ca_are_refused(
     foreign = client_half(tmp_path / "foreign", *MachineCa().machine())
     with pytest.raises(AttestationFailed):
         await attest(the_broker(machines), foreign, spki)
+
+
+async def test_a_ca_is_no_machine(tmp_path: Path, machines: MachineCa) -> None:
+    spki = spki_der(new_key().public_key())
+    for name, key, certificate in (
+        ("root", machines.key, machines.certificate),
+        ("intermediate", *machines.machine(ca=True)),
+    ):
+        half = client_half(tmp_path / name, key, certificate)
+        with pytest.raises(AttestationFailed, match="not a machine"):
+            await attest(the_broker(machines), half, spki)
+
+
+@pytest.mark.parametrize(
+    ("purposes", "fits"),
+    [
+        ([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH], True),
+        ([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE], True),
+        ([ExtendedKeyUsageOID.SERVER_AUTH], False),
+        ([ExtendedKeyUsageOID.CODE_SIGNING], False),
+    ],
+)
+async def test_an_extended_key_usage_includes_client_auth(
+    tmp_path: Path,
+    machines: MachineCa,
+    purposes: list[x509.ObjectIdentifier],
+    fits: bool,  # parametrized
+) -> None:
+    half = client_half(tmp_path, *machines.machine(purposes=purposes))
+    spki = spki_der(new_key().public_key())
+    if fits:
+        assert (await attest(the_broker(machines), half, spki)).selectors
+    else:
+        with pytest.raises(AttestationFailed, match="clientAuth"):
+            await attest(the_broker(machines), half, spki)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

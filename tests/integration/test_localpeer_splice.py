@@ -234,6 +234,40 @@ async def test_the_peer_is_found_by_name_and_unknown_names_are_refused(tmp_path:
             splice.of(peer)
 
 
+@pytest.mark.parametrize("groups", [[4242, 4243], list(range(5000, 5300))])
+async def test_supplementary_groups_are_the_peers(tmp_path: Path, groups: list[int]) -> None:
+    endpoint = open_endpoint(tmp_path / "s")
+    code = (
+        "import socket,sys\n"
+        f"s=socket.socket(socket.AF_UNIX); s.connect({str(tmp_path / 's')!r})\n"
+        "print('up',flush=True); sys.stdin.read()"
+    )
+    root = os.geteuid() == 0  # who alone may choose its groups
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        code,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        extra_groups=groups if root else None,
+    )
+    assert child.stdout is not None
+    assert child.stdin is not None
+    await child.stdout.readline()
+    connection, _ = endpoint.listening.accept()
+    process = process_of(connection)
+    try:
+        expected = set(groups if root else os.getgroups())
+        # Too many to be told apart from none: nobody is let in by them.
+        assert process.peer.groups == (expected if len(expected) <= 256 else set())
+    finally:
+        child.stdin.close()
+        await child.wait()
+        process.close()
+        connection.close()
+        endpoint.close()
+
+
 async def test_a_process_that_has_ended_is_known_to_have(tmp_path: Path) -> None:
     endpoint = open_endpoint(tmp_path / "s")
     code = (

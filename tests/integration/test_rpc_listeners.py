@@ -23,7 +23,7 @@ from identity_broker.server.rpc.health import Health
 from identity_broker.server.rpc.listener import BootstrapListener, LocalListener, MtlsListener
 from identity_broker.server.rpc.reflection import reflection_services
 from support.rpc import ENTRY_LIST, GET, NONE, WATCH, Shell, empty_bundle, everybody, unix_channel
-from support.tls_material import TestAuthority
+from support.tls_material import TestAuthority, key_usage
 
 NODE = "spiffe://example.org/idb/node/join_token/a"
 
@@ -70,6 +70,17 @@ async def test_a_certificate_that_is_no_svid_is_refused(uris: tuple[str, ...]) -
     assert shell.count(GET, "UNAUTHENTICATED") == 1
 
 
+async def test_a_signing_certificate_is_no_identity() -> None:
+    shell = Shell({GET: empty_bundle})
+    signer = shell.authority.issue(
+        NODE, ca=True, usage=key_usage("digital_signature", "key_cert_sign")
+    )
+    async with shell.mtls() as listener, shell.channel(listener.address, signer) as channel:
+        error = await refusal(channel.unary_unary(GET)(b"", timeout=5))
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "leaf" in (error.details() or "")
+
+
 async def test_the_authenticator_sees_identity_serial_and_expiry() -> None:
     seen: list[Any] = []
 
@@ -88,6 +99,7 @@ async def test_the_authenticator_sees_identity_serial_and_expiry() -> None:
     assert str(peer.spiffe_id) == NODE
     assert peer.serial == "abc".rjust(40, "0")
     assert peer.not_after == not_after
+    assert peer.authority_key_id == shell.authority.key_id
     assert address.startswith("ipv4:127.0.0.1:")
     assert seen[1][1] is peer  # parsed once
 
@@ -372,6 +384,8 @@ async def test_health_watchers_are_told_and_let_go() -> None:
         unknown = stub.Watch(health_pb2.HealthCheckRequest(service="x"))
         assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         shell.stopping.set()
+        health.set_all(False)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert await watch.read() is grpc.aio.EOF
         assert await unknown.read() is grpc.aio.EOF
         listing = await stub.List(vars(health_pb2)["HealthListRequest"]())

@@ -20,6 +20,8 @@ from identity_broker.domain.caller import Caller, CallerClass, ListenerKind
 from identity_broker.errors import BrokerError, InvariantViolated
 from identity_broker.server.rpc.listener import BootstrapListener
 from identity_broker.server.rpc.methods import METHODS, Rate, RateName
+from identity_broker.server.rpc.reflection import METHOD as REFLECTION
+from identity_broker.server.rpc.reflection import reflection_services
 from identity_broker.server.rpc.status import item_status
 from identity_broker.telemetry import logs
 from identity_client._wire.status import error_from_item, error_from_rpc
@@ -425,3 +427,89 @@ async def test_the_local_listener_needs_its_peers() -> None:
             assert error_from_rpc(error).reason == "INTERNAL"
     finally:
         await listener.stop(timedelta(0))
+
+
+async def test_streams_without_an_end_end_in_peace_when_the_broker_drains() -> None:
+    finished = asyncio.Event()
+
+    async def watch(_request: Any, _call: Any) -> AsyncIterator[Any]:
+        try:
+            yield bundle_pb2.WatchBundleResponse()
+            await asyncio.sleep(60)
+        finally:
+            finished.set()
+
+    async def attest(requests: Any, _call: Any) -> AsyncIterator[Any]:
+        yield node_attestation_pb2.AttestResponse()
+        await asyncio.sleep(0.6)  # its work is not cut short
+        yield node_attestation_pb2.AttestResponse()
+
+    services = {GET: empty_bundle}
+    shell = Shell({**services, WATCH: watch, ATTEST: attest, **reflection_services(services)})
+    async with shell.bootstrap() as channel:
+        watching = channel.unary_stream(WATCH)(b"")
+        await watching.read()
+        reflecting = channel.stream_stream(REFLECTION)()
+        await reflecting.write(b"")
+        await reflecting.read()
+        attesting = channel.stream_stream(ATTEST)(iter([b""]))
+        await attesting.read()
+        shell.stopping.set()
+        started = asyncio.get_running_loop().time()
+        assert await watching.read() is grpc.aio.EOF
+        assert await reflecting.read() is grpc.aio.EOF
+        assert asyncio.get_running_loop().time() - started < 0.55
+        assert finished.is_set()
+        assert await attesting.read() is not grpc.aio.EOF
+        assert await attesting.read() is grpc.aio.EOF
+    assert shell.count(WATCH, "OK") == 1
+    assert shell.count(REFLECTION, "OK") == 1
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "drain"]
+
+
+async def test_a_stranger_holds_sixteen_streams_and_a_node_more() -> None:
+    async def watch(_request: Any, _call: Any) -> AsyncIterator[Any]:
+        yield bundle_pb2.WatchBundleResponse()
+        await asyncio.sleep(60)
+
+    shell = Shell({WATCH: watch})
+    node = shell.authority.issue("spiffe://example.org/idb/node/join_token/a")
+    async with shell.bootstrap() as channel:
+        held = [channel.unary_stream(WATCH)(b"") for _ in range(16)]
+        for stream in held:
+            await stream.read()
+        error = error_from_rpc(await refusal(channel.unary_stream(WATCH)(b"").read()))
+        assert error.reason == "RATE_LIMITED"
+        assert error.retry_after
+        held[0].cancel()
+        while shell.count(WATCH, "CANCELLED") < 1:
+            await asyncio.sleep(0.01)
+        await channel.unary_stream(WATCH)(b"").read()
+    async with shell.mtls() as listener, shell.channel(listener.address, node) as channel:
+        for _ in range(20):
+            await channel.unary_stream(WATCH)(b"").read()
+
+
+async def test_a_refusal_is_about_an_identity_or_a_network() -> None:
+    refusals: list[BrokerError] = [errors.NodeBanned(), errors.Unauthenticated()]
+
+    def authenticate(*_arguments: Any) -> Caller:
+        raise refusals.pop(0)
+
+    async def entries(_request: Any, _call: Any) -> Any:
+        return entry_pb2.ListEntriesResponse()
+
+    shell = Shell({ENTRY_LIST: entries}, authenticate=authenticate)
+    name = "spiffe://example.org/idb/node/join_token/a"
+    node = shell.authority.issue(name)
+    async with shell.mtls() as listener, shell.channel(listener.address, node) as channel:
+        await refusal(channel.unary_unary(ENTRY_LIST)(b""))
+        await refusal(channel.unary_unary(ENTRY_LIST)(b""))
+    assert [(call.caller, call.proven) for call in shell.refused] == [
+        (name, True),
+        ("127.0.0.1", False),
+    ]
+    shell = Shell({ENTRY_LIST: entries})
+    async with shell.bootstrap() as channel:
+        await refusal(channel.unary_unary(ENTRY_LIST)(b""))
+    assert [(call.caller, call.proven) for call in shell.refused] == [("127.0.0.1", False)]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,3 +133,22 @@ def test_no_window_admits_more_than_burst_plus_rate(
         for at, cost in admitted[start:]:
             spent += cost
             assert spent <= burst + rate * (at - begun) + 1e-6
+
+
+def test_strangers_hold_few_streams_and_identities_are_not_counted() -> None:
+    limiter = RateLimiter({}, anonymous_streams=2, anonymous_streams_together=3)
+    with ExitStack() as held:
+        first = held.enter_context(ExitStack())
+        first.enter_context(limiter.stream(ANYONE, "ipv4:10.0.0.1:1"))
+        held.enter_context(limiter.stream(ANYONE, "ipv4:10.0.0.1:2"))
+        with pytest.raises(RateLimited) as refused:
+            held.enter_context(limiter.stream(ANYONE, "ipv4:10.0.0.1:3"))
+        assert refused.value.retry_after
+        held.enter_context(limiter.stream(ANYONE, "ipv4:10.0.0.2:1"))
+        with pytest.raises(RateLimited):
+            held.enter_context(limiter.stream(ANYONE, "ipv4:10.0.0.3:1"))
+        for _ in range(5):
+            held.enter_context(limiter.stream(node("a"), "ipv4:10.0.0.1:4"))
+        first.close()
+        held.enter_context(limiter.stream(ANYONE, "ipv4:10.0.0.3:1"))
+    assert not limiter._streams

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from identity_broker.errors import Unauthenticated
 from identity_broker.server.rpc.peer_certificate import PeerCertificates, parse_peer_certificate
-from support.tls_material import TestAuthority
+from support.tls_material import LEAF_USAGE, TestAuthority, key_usage
 
 AUTHORITY = TestAuthority()
 
@@ -46,6 +47,30 @@ def test_what_is_no_svid_is_refused_and_not_remembered(uris: tuple[str, ...]) ->
     with pytest.raises(Unauthenticated):
         certificates.of(AUTHORITY.issue(*uris).chain_pem)
     assert len(certificates) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ca": True},
+        {"ca": True, "usage": key_usage("key_cert_sign", "crl_sign")},
+        {"usage": key_usage("digital_signature", "key_cert_sign")},
+        {"ca": None, "usage": key_usage("digital_signature", "crl_sign")},
+        {"usage": key_usage("key_encipherment")},
+        {"usage": None},
+    ],
+)
+def test_only_a_leaf_that_may_sign_is_an_identity(options: dict[str, Any]) -> None:
+    with pytest.raises(Unauthenticated):
+        parse_peer_certificate(AUTHORITY.issue("spiffe://example.org/a", **options).chain_pem)
+
+
+@pytest.mark.parametrize("ca", [False, None])
+def test_the_leaf_says_which_authority_signed(ca: bool | None) -> None:
+    leaf = AUTHORITY.issue("spiffe://example.org/a", ca=ca, usage=LEAF_USAGE)
+    assert parse_peer_certificate(leaf.chain_pem).authority_key_id == AUTHORITY.key_id
+    mute = AUTHORITY.issue("spiffe://example.org/a", names_issuer=False)
+    assert parse_peer_certificate(mute.chain_pem).authority_key_id == ""
 
 
 @given(st.binary(max_size=300))
