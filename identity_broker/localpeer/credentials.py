@@ -69,7 +69,7 @@ def _groups_of(connection: socket.socket) -> frozenset[int]:
         raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUP_BYTES)
     except OSError as exc:
         if exc.errno == errno.ERANGE:
-            _log.warning("local peer has too many groups", limit=_MOST_GROUP_BYTES // _GID.size)
+            _log.warning("local peer has too many groups", count=_MOST_GROUP_BYTES // _GID.size)
             return frozenset()
         if exc.errno in _NO_GROUPS:
             return frozenset()

@@ -66,13 +66,9 @@ class Refusals:
             StoreUnavailable: it is kept for the next time.
         """
         collected = (self._proven, self._strangers)
-        for part in collected:
+        for name, part in zip(("identities", "strangers"), collected, strict=True):
             if part.unlisted:
-                _log.warning(
-                    "refusals not audited one by one",
-                    count=part.unlisted,
-                    proven=part is self._proven,
-                )
+                _log.warning("refusals not audited one by one", caller=name, count=part.unlisted)
                 part.unlisted = 0
         rows = [part.taken() for part in collected]
         now = self._clock.now()

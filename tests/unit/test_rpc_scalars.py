@@ -20,9 +20,10 @@ UNPRINTABLE = st.text(min_size=1, max_size=20).filter(lambda text: not text.ispr
 def test_unprintable_text_is_refused_and_its_field_named(text: str) -> None:
     with pytest.raises(MalformedRequest, match=r"^id "):
         scalars.from_id(text, "id")
-    for field in ("owner", "hint"):
-        with pytest.raises(MalformedRequest, match=f"^{field} "):
-            entries.from_entry_filter(entry_pb2.ListEntriesRequest(**{field: text}))
+    with pytest.raises(MalformedRequest, match=r"^owner "):
+        entries.from_entry_filter(entry_pb2.ListEntriesRequest(owner=text))
+    with pytest.raises(MalformedRequest, match=r"^hint "):
+        entries.from_entry_filter(entry_pb2.ListEntriesRequest(hint=text))
     with pytest.raises(MalformedRequest, match=r"^attestor "):
         nodes.from_node_filter(node_pb2.ListNodesRequest(attestor=text))
     with pytest.raises(MalformedRequest, match=r"^entry_id "):

@@ -18,7 +18,7 @@ async def test_items_come_in_order_without_a_task_for_each() -> None:
     for number in range(10):
         watcher.put(number)
     assert [await anext(items) for _ in range(10)] == list(range(10))
-    waiting = asyncio.create_task(anext(items))  # type: ignore[arg-type]
+    waiting = asyncio.ensure_future(anext(items))
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == before + 1
     watcher.put(10)
