@@ -53,8 +53,8 @@ _PROFILES: dict[GrantKind, X509Profile] = {
     GrantKind.BROKER: BROKER,
 }
 
-# Fewer CSRs than this are checked sooner than a thread is woken.
-_WORTH_A_THREAD = 3
+# Fewer CSRs than this are checked sooner than a busy loop gives a thread its turn.
+_WORTH_A_THREAD = 48
 # Other work gets its turn after this many certificates.
 _STRETCH = 16
 
