@@ -198,7 +198,8 @@ class Revoke:
 
     async def _once_more(self, again: Callable[[Repositories], RevocationResult]) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), _OTHERS_SECONDS)
+            async with asyncio.timeout(_OTHERS_SECONDS):
+                await self._closing.wait()
         try:
             late = await self._store.write(again)
             if late.revoked:

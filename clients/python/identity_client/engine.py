@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -48,6 +49,7 @@ __all__ = ["Engine"]
 _logger = logging.getLogger(__name__)
 
 # The wall clock may jump and machines sleep: due times are looked at again at least this often.
+_INSIST_SECONDS = 1.0
 _LONGEST_SLEEP = timedelta(seconds=60)
 _SHORTEST_SLEEP = timedelta(milliseconds=100)
 _WATCH_CAP = timedelta(seconds=5)
@@ -117,9 +119,12 @@ class Engine:
 
     async def close(self) -> None:
         """Ends the loops and the connections."""
-        for task in (*self._tasks, *self._jwt_flights.values()):
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._jwt_flights.values(), return_exceptions=True)
+        pending: set[asyncio.Task[Any]] = {*self._tasks, *self._jwt_flights.values()}
+        while pending:
+            # More than once: a library that ends a call may swallow the first.
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=_INSIST_SECONDS)
         await self._link.close()
         if self._state is not None:
             self._state.close()
@@ -143,7 +148,8 @@ class Engine:
                 pause = self._until_due()
             await self._tell()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause.total_seconds())
+                async with asyncio.timeout(pause.total_seconds()):
+                    await self._wake.wait()
 
     async def _advance(self) -> None:
         now = utc_now()
