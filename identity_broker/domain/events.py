@@ -35,7 +35,6 @@ class AuditKind(StrEnum):
     """The closed set of audit events."""
 
     NODE_ATTESTED = "node_attested"
-    NODE_ATTESTATION_REFUSED = "node_attestation_refused"
     NODE_RENEWED = "node_renewed"
     NODE_BANNED = "node_banned"
     NODE_EVICTED = "node_evicted"

@@ -23,13 +23,10 @@ from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
 from identity_broker.signing import translate
 from identity_broker.store import Repositories, Store
-from identity_broker.telemetry.logs import get_logger
 from identity_ca.csr import parse_csr
 from identity_ca.errors import CAError
 from identity_ca.issuer import X509Credential
 from identity_ca.profile import NODE
-
-_log = get_logger("attest")
 
 T = TypeVar("T")
 
@@ -96,11 +93,8 @@ class Attest:
             request = parse_csr(csr, allowed=NODE.key_algorithms)
         except CAError as error:
             raise translate(error) from error
-        try:
-            node = await self._proven(attestor, Evidence(payload, request.spki_der), challenge)
-        except BrokerError as error:
-            await self._refused(attestor_name, caller, error, correlation_id)
-            raise
+        # A refusal is audited where all refused calls are, within a stranger's budget.
+        node = await self._proven(attestor, Evidence(payload, request.spki_der), challenge)
         # From here on the work outlives its caller: the proof is spent, its node is admitted.
         return await asyncio.shield(
             self._spawn(self._admitted(attestor, node, payload, csr, caller, correlation_id))
@@ -197,23 +191,6 @@ class Attest:
 
         await self._store.write(write)
         await self._directory.sync()
-
-    async def _refused(
-        self, attestor: str, caller: Caller, error: BrokerError, correlation_id: str
-    ) -> None:
-        event = AuditEvent(
-            at=self._clock.now(),
-            kind=AuditKind.NODE_ATTESTATION_REFUSED,
-            actor=caller.name,
-            subject=attestor,
-            reason=error.reason,
-            correlation_id=correlation_id,
-        )
-        try:
-            await self._store.write(lambda repos: repos.audit.append(event))
-        except BrokerError as outage:
-            # The refusal stands whether or not it could be written down.
-            _log.warning("refusal not audited", reason=outage.reason, refused=error.reason)
 
 
 async def _undone(
