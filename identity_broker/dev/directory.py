@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -70,6 +70,10 @@ class DevSettings:
                 f'"{path}" is not what idb dev writes',
                 hint="start over with an empty directory",
             ) from exc
+
+    def on_free_ports(self) -> Self:
+        """The same, listening wherever there is room."""
+        return replace(self, address=_ANY_PORT, bootstrap_address=_ANY_PORT, http_address=_ANY_PORT)
 
 
 class DevDirectory:

@@ -27,10 +27,11 @@ from identity_broker.dev.directory import CaKind, DevDirectory, DevSettings
 from identity_broker.dev.errors import DevChildEnded
 from identity_broker.dev.lifeline import tied_to_parent
 from identity_broker.dev.openbao import EmbeddedOpenBao
-from identity_broker.dev.state import FILE_NAME, DevState, write_private
+from identity_broker.dev.state import FILE_NAME, BrokerAddresses, DevState, write_private
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WATCH_SECONDS = 0.5
+_PORT_TAKEN = "cannot listen on"
 
 Say = Callable[[str], None]
 
@@ -76,15 +77,18 @@ class DevTree:
 
     def _start(self, stopped: _StopSignal) -> DevState:
         settings = self._directory.settle(self._trust_domain, self._ca)
-        openbao: Mapping[str, Any] = {}
         if settings.ca is CaKind.OPENBAO:
-            openbao = self._start_openbao(settings, stopped)
+            self._start_openbao(stopped)
         started = time.monotonic()
-        socket_path = self._directory.admin_socket()
         bundle_file = self._directory.broker_data / "bundle.pem"
-        config = _broker_config(settings, self._directory, socket_path, bundle_file, openbao)
-        write_private(self._directory.broker_config, to_toml(config))
-        bound = self._broker.start(on_wait=stopped.check)
+        try:
+            bound = self._start_broker(settings, bundle_file, stopped)
+        except DevChildEnded as failed:
+            if not any(_PORT_TAKEN in line for line in failed.fields.get("problems", ())):
+                raise
+            # Free when it was looked at, and taken since: the ports are the least of what resumes.
+            settings = settings.on_free_ports()
+            bound = self._start_broker(settings, bundle_file, stopped)
         self._directory.remember(settings, bound)
         self._say(f"broker ready in {time.monotonic() - started:.1f} s")
         state = DevState(
@@ -98,18 +102,32 @@ class DevTree:
         state.write(self._directory.path)
         return state
 
-    def _start_openbao(self, settings: DevSettings, stopped: _StopSignal) -> Mapping[str, Any]:
+    def _start_broker(
+        self, settings: DevSettings, bundle_file: Path, stopped: _StopSignal
+    ) -> BrokerAddresses:
+        # A wrapped secret-id works once: every start gets one of its own.
+        openbao = self._provision(settings, stopped) if self._openbao is not None else {}
+        socket_path = self._directory.admin_socket()
+        config = _broker_config(settings, self._directory, socket_path, bundle_file, openbao)
+        write_private(self._directory.broker_config, to_toml(config))
+        return self._broker.start(on_wait=stopped.check)
+
+    def _start_openbao(self, stopped: _StopSignal) -> None:
+        started = time.monotonic()
+        self._openbao = EmbeddedOpenBao(self._directory.openbao, before_exec=tied_to_parent())
+        self._openbao.start()
+        self._say(f"OpenBao ready in {time.monotonic() - started:.1f} s, {self._openbao.address}")
+        stopped.check()
+
+    def _provision(self, settings: DevSettings, stopped: _StopSignal) -> Mapping[str, Any]:
         from identity_ca.backends.vault.provision import (  # noqa: PLC0415 - not with --ca local
             admin_client,
             provision,
         )
         from identity_ca.spiffe_id import TrustDomain  # noqa: PLC0415 - as above
 
-        started = time.monotonic()
-        self._openbao = EmbeddedOpenBao(self._directory.openbao, before_exec=tied_to_parent())
-        self._openbao.start()
-        self._say(f"OpenBao ready in {time.monotonic() - started:.1f} s, {self._openbao.address}")
-        stopped.check()
+        if self._openbao is None:
+            return {}
         made = provision(
             admin_client(self._openbao.address, self._openbao.root_token),
             trust_domain=TrustDomain.parse(settings.trust_domain),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -179,3 +182,36 @@ def test_a_configuration_the_broker_refuses_is_told_in_words(tmp_path: Path) -> 
     assert refused.code == 6
     assert "trust_domain" in refused.err
     assert "Traceback" not in refused.err
+
+
+def test_a_port_taken_at_the_last_moment_is_given_up(tmp_path: Path) -> None:
+    directory = tmp_path / "dev"
+    with run_dev(directory, *LOCAL) as broker:
+        before = broker.state.broker
+    host, _, port = before.address.rpartition(":")
+    # The look before the start is left out: what it saw free may be taken when the broker binds.
+    script = (
+        "import identity_broker.dev.directory as d\n"
+        "d._if_free = lambda address: address\n"
+        "from identity_broker.cli.main import main\n"
+        "main()\n"
+    )
+    with socket.socket() as taken:
+        taken.bind((host, int(port)))
+        taken.listen()
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, "dev", "--dir", str(directory)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 40
+            while not (directory / FILE_NAME).exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            after = json.loads((directory / FILE_NAME).read_text())["broker"]["address"]
+            assert after != before.address
+        finally:
+            process.terminate()
+            assert process.wait(15) == 0
