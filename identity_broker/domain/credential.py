@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum, IntEnum, StrEnum
+from enum import IntEnum, StrEnum
 
 from identity_ca.spiffe_id import SpiffeId
 
@@ -110,14 +110,6 @@ class Revocation:
     expires_at: datetime
     reason: RevocationReason
     comment: str = ""
-
-
-class SubjectKind(Enum):
-    """What a revocation names."""
-
-    CREDENTIAL = "credential"
-    SPIFFE_ID = "spiffe_id"
-    NODE = "node"
 
 
 @dataclass(frozen=True, slots=True)

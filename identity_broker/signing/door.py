@@ -2,8 +2,8 @@
 
 - Local keys sign on the loop: one signature costs less than handing it to a thread. CSRs of several
   orders are checked in one thread, beside the loop.
-- Remote keys sign in bounded threads; orders that wait for a thread are signed together, in one
-  round trip.
+- Remote keys sign in bounded threads, a call's orders in one round trip; `lifecycle.issue` is what
+  gathers the orders of many callers into one call.
 - What is prepared is signed by the authority that prepared it, even when that was replaced a
   moment ago; the authorities are one immutable snapshot, swapped in one assignment.
 - Every CAError leaves here as a BrokerError; nothing below is translated elsewhere.
@@ -25,7 +25,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from identity_broker.domain.grant import Grant, GrantKind
 from identity_broker.errors import AuthorityUnavailable, BrokerError
 from identity_broker.signing.errors import translate
-from identity_broker.signing.lane import Lane
 from identity_ca.authority import (
     Authority,
     AuthorityKind,
@@ -135,14 +134,7 @@ class Signing:
         self._observe = observe
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="signing")
         self._csr_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="csr")
-        self._x509_lane = Lane[PreparedX509, X509Credential](self._pool, flights=threads // 2)
-        self._jwt_lane = Lane[PreparedJwt, JwtCredential](self._pool, flights=threads // 2)
         self._authorities: Authorities | None = None
-
-    @property
-    def upstream_name(self) -> str:
-        """The name of the upstream authority."""
-        return self._upstream.name
 
     @property
     def authorities(self) -> Authorities:
@@ -270,7 +262,7 @@ class Signing:
             SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
             AuthorityUnavailable: the authority is not in force any more; prepare again.
         """
-        return await self._sign("x509", self.authorities.x509_issuers, self._x509_lane, prepared)
+        return await self._sign("x509", self.authorities.x509_issuers, prepared)
 
     async def sign_jwt(self, prepared: Sequence[PreparedJwt]) -> list[JwtCredential]:
         """Sign what was prepared; each may be signed once.
@@ -279,19 +271,18 @@ class Signing:
             SigningBackendUnavailable: the key manager did not answer; nothing was handed out.
             AuthorityUnavailable: the authority is not in force any more; prepare again.
         """
-        return await self._sign("jwt", self.authorities.jwt_issuers, self._jwt_lane, prepared)
+        return await self._sign("jwt", self.authorities.jwt_issuers, prepared)
 
     async def _sign(
         self,
         kind: str,
         issuers: Mapping[str, _Bound[P, C]],
-        lane: Lane[P, C],
         prepared: Sequence[P],
     ) -> list[C]:
         authority_id = prepared[0].authority_id
         if any(item.authority_id != authority_id for item in prepared):
             # The authority was replaced while this batch was prepared: each part its own.
-            parts = [await self._sign(kind, issuers, lane, [item]) for item in prepared]
+            parts = [await self._sign(kind, issuers, [item]) for item in prepared]
             return [credential for part in parts for credential in part]
         bound = issuers.get(authority_id)
         if bound is None:
@@ -300,7 +291,7 @@ class Signing:
             )
         started = time.perf_counter()
         if bound.remote:
-            signed = await lane.submit(bound.sign_many, prepared)
+            signed = await self._in_thread(lambda: bound.sign_many(prepared))
         else:
             try:
                 signed = bound.sign_many(prepared)
@@ -443,14 +434,6 @@ class Signing:
             SigningBackendUnavailable: it cannot be used now.
         """
         await self._in_thread(self._keys.check)
-
-    async def check_upstream(self) -> None:
-        """Check the upstream authority, signing nothing.
-
-        Raises:
-            SigningBackendUnavailable: it cannot be used now.
-        """
-        await self._in_thread(self._upstream.check)
 
     async def close(self) -> None:
         """Let go of the key manager and the upstream."""
