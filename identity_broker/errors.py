@@ -8,15 +8,17 @@
     BrokerError
     ├── RequestError          MalformedRequest PageTokenInvalid EntryInvalid InvalidSpiffeId
     │                         CsrRejected KeyTooWeak PolicyViolation LintFailed AudienceInvalid
-    │                         AttestorUnknown
+    │                         AttestorUnknown SecurityHeaderMissing TokenInvalid
     ├── AuthenticationError   Unauthenticated AttestationFailed JoinTokenRejected ChallengeFailed
+    │                         CallerUnknown ProcessChanged
     ├── AuthorizationError    MethodDenied EntryNotAuthorized NodeBanned NodeUnknown
-    │                         CredentialRevoked
+    │                         CredentialRevoked NoIdentity
     ├── NotFoundError         EntryNotFound NodeNotFound CredentialNotFound AuthorityNotFound
     │                         ServiceNotFound
     ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite
     ├── ExhaustedError        RateLimited WatchLagged
     ├── DependencyError       StoreUnavailable SigningBackendUnavailable AuthorityUnavailable
+    │                         AgentNotReady
     ├── BrokerStopping        the broker drains; another one, or this one later, will answer
     ├── DeadlineExceeded      the work was not done in the time the caller or the method table gave
     ├── ConfigError           (never crosses the wire)
@@ -161,6 +163,21 @@ class AttestorUnknown(RequestError):
     default_hint = "idb config show lists the node attestors that are enabled"
 
 
+class SecurityHeaderMissing(RequestError):
+    """A Workload API call without the header that no browser can be made to send (EP-3)."""
+
+    reason = "SECURITY_HEADER_MISSING"
+    sentence = "the Workload API needs the metadata workload.spiffe.io: true"
+    default_hint = "use a SPIFFE client library, or add the header"
+
+
+class TokenInvalid(RequestError):
+    """A JWT-SVID that the agent was asked to validate and that does not hold."""
+
+    reason = "TOKEN_INVALID"
+    sentence = "the JWT-SVID does not hold"
+
+
 # --- the caller is not who it must be ----------------------------------------------------------
 
 
@@ -197,6 +214,24 @@ class ChallengeFailed(AuthenticationError):
 
     reason = "CHALLENGE_FAILED"
     sentence = "the answer to the attestation challenge does not verify"
+
+
+class CallerUnknown(AuthenticationError):
+    """The process behind a connection has ended, or cannot be seen from here."""
+
+    reason = "CALLER_UNKNOWN"
+    sentence = "the process behind this connection cannot be identified"
+    default_hint = (
+        "connect again; a process in a PID namespace that the agent cannot see into is refused"
+    )
+
+
+class ProcessChanged(AuthenticationError):
+    """The process behind a connection is not what it was when it connected."""
+
+    reason = "PROCESS_CHANGED"
+    sentence = "the process behind this connection has changed its program or its user since"
+    default_hint = "connect again"
 
 
 # --- the caller may not do that ----------------------------------------------------------------
@@ -244,6 +279,14 @@ class CredentialRevoked(AuthorizationError):
 
     reason = "CREDENTIAL_REVOKED"
     sentence = "the SVID this call was made with is revoked"
+
+
+class NoIdentity(AuthorizationError):
+    """No registration entry matches a process, or none that it asked for."""
+
+    reason = "NO_IDENTITY"
+    sentence = "no identity is registered for this process"
+    default_hint = "idb explain --pid PID says which selectors it has and which entries miss"
 
 
 # --- it is not there ---------------------------------------------------------------------------
@@ -384,6 +427,14 @@ class AuthorityUnavailable(DependencyError):
     reason = "AUTHORITY_UNAVAILABLE"
     sentence = "the broker has no active signing authority"
     default_hint = "idb authority list shows the authorities; idb doctor says what is missing"
+
+
+class AgentNotReady(DependencyError):
+    """The agent has not heard from its broker yet, or could not obtain what is asked for."""
+
+    reason = "AGENT_NOT_READY"
+    sentence = "the agent cannot answer yet"
+    default_hint = "idb agent status says what it waits for"
 
 
 class BrokerStopping(BrokerError):

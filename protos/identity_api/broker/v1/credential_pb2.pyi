@@ -120,6 +120,7 @@ class CredentialRecord(_message.Message):
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Required. Serial number (X.509, lower-case hexadecimal) or jti (JWT)."""
     kind: Global___CredentialKind.ValueType
@@ -154,6 +155,8 @@ class CredentialRecord(_message.Message):
     """Optional. Set when revoked."""
     comment: _builtins.str
     """Optional. The operator's own words."""
+    instance: _builtins.str
+    """Optional. The instance of the workload it was issued for, in the node's words."""
     def __init__(
         self,
         *,
@@ -174,10 +177,11 @@ class CredentialRecord(_message.Message):
         revoked_at: _builtins.int = ...,
         reason: Global___RevocationReason.ValueType = ...,
         comment: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_id", b"authority_id", "comment", b"comment", "digest", b"digest", "entry_id", b"entry_id", "entry_revision", b"entry_revision", "expires_at", b"expires_at", "id", b"id", "key_fingerprint", b"key_fingerprint", "kind", b"kind", "node_id", b"node_id", "not_before", b"not_before", "reason", b"reason", "recorded_at", b"recorded_at", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id", "state", b"state", "tbs_digest", b"tbs_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_id", b"authority_id", "comment", b"comment", "digest", b"digest", "entry_id", b"entry_id", "entry_revision", b"entry_revision", "expires_at", b"expires_at", "id", b"id", "instance", b"instance", "key_fingerprint", b"key_fingerprint", "kind", b"kind", "node_id", b"node_id", "not_before", b"not_before", "reason", b"reason", "recorded_at", b"recorded_at", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id", "state", b"state", "tbs_digest", b"tbs_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from identity_api.broker.v1 import types_pb2 as identity__api_dot_broker_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!identity_api/broker/v1/svid.proto\x12\x16identity_api.broker.v1\x1a\"identity_api/broker/v1/types.proto\"\x81\x01\n\x15\x42\x61tchIssueX509Request\x12\x41\n\x05items\x18\x01 \x03(\x0b\x32\x32.identity_api.broker.v1.BatchIssueX509Request.Item\x1a%\n\x04Item\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\t\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"\xca\x01\n\x16\x42\x61tchIssueX509Response\x12\x46\n\x07results\x18\x01 \x03(\x0b\x32\x35.identity_api.broker.v1.BatchIssueX509Response.Result\x1ah\n\x06Result\x12.\n\x06status\x18\x01 \x01(\x0b\x32\x1e.identity_api.broker.v1.Status\x12.\n\x04svid\x18\x02 \x01(\x0b\x32 .identity_api.broker.v1.X509Svid\"\x85\x01\n\x14\x42\x61tchIssueJwtRequest\x12@\n\x05items\x18\x01 \x03(\x0b\x32\x31.identity_api.broker.v1.BatchIssueJwtRequest.Item\x1a+\n\x04Item\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\t\x12\x11\n\taudiences\x18\x02 \x03(\t\"\xc7\x01\n\x15\x42\x61tchIssueJwtResponse\x12\x45\n\x07results\x18\x01 \x03(\x0b\x32\x34.identity_api.broker.v1.BatchIssueJwtResponse.Result\x1ag\n\x06Result\x12.\n\x06status\x18\x01 \x01(\x0b\x32\x1e.identity_api.broker.v1.Status\x12-\n\x04svid\x18\x02 \x01(\x0b\x32\x1f.identity_api.broker.v1.JwtSvid2\xe5\x01\n\x04Svid\x12o\n\x0e\x42\x61tchIssueX509\x12-.identity_api.broker.v1.BatchIssueX509Request\x1a..identity_api.broker.v1.BatchIssueX509Response\x12l\n\rBatchIssueJwt\x12,.identity_api.broker.v1.BatchIssueJwtRequest\x1a-.identity_api.broker.v1.BatchIssueJwtResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!identity_api/broker/v1/svid.proto\x12\x16identity_api.broker.v1\x1a\"identity_api/broker/v1/types.proto\"\x93\x01\n\x15\x42\x61tchIssueX509Request\x12\x41\n\x05items\x18\x01 \x03(\x0b\x32\x32.identity_api.broker.v1.BatchIssueX509Request.Item\x1a\x37\n\x04Item\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\t\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\x12\x10\n\x08instance\x18\x03 \x01(\t\"\xca\x01\n\x16\x42\x61tchIssueX509Response\x12\x46\n\x07results\x18\x01 \x03(\x0b\x32\x35.identity_api.broker.v1.BatchIssueX509Response.Result\x1ah\n\x06Result\x12.\n\x06status\x18\x01 \x01(\x0b\x32\x1e.identity_api.broker.v1.Status\x12.\n\x04svid\x18\x02 \x01(\x0b\x32 .identity_api.broker.v1.X509Svid\"\x85\x01\n\x14\x42\x61tchIssueJwtRequest\x12@\n\x05items\x18\x01 \x03(\x0b\x32\x31.identity_api.broker.v1.BatchIssueJwtRequest.Item\x1a+\n\x04Item\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\t\x12\x11\n\taudiences\x18\x02 \x03(\t\"\xc7\x01\n\x15\x42\x61tchIssueJwtResponse\x12\x45\n\x07results\x18\x01 \x03(\x0b\x32\x34.identity_api.broker.v1.BatchIssueJwtResponse.Result\x1ag\n\x06Result\x12.\n\x06status\x18\x01 \x01(\x0b\x32\x1e.identity_api.broker.v1.Status\x12-\n\x04svid\x18\x02 \x01(\x0b\x32\x1f.identity_api.broker.v1.JwtSvid2\xe5\x01\n\x04Svid\x12o\n\x0e\x42\x61tchIssueX509\x12-.identity_api.broker.v1.BatchIssueX509Request\x1a..identity_api.broker.v1.BatchIssueX509Response\x12l\n\rBatchIssueJwt\x12,.identity_api.broker.v1.BatchIssueJwtRequest\x1a-.identity_api.broker.v1.BatchIssueJwtResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'identity_api.broker.v1.svid
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BATCHISSUEX509REQUEST']._serialized_start=98
-  _globals['_BATCHISSUEX509REQUEST']._serialized_end=227
+  _globals['_BATCHISSUEX509REQUEST']._serialized_end=245
   _globals['_BATCHISSUEX509REQUEST_ITEM']._serialized_start=190
-  _globals['_BATCHISSUEX509REQUEST_ITEM']._serialized_end=227
-  _globals['_BATCHISSUEX509RESPONSE']._serialized_start=230
-  _globals['_BATCHISSUEX509RESPONSE']._serialized_end=432
-  _globals['_BATCHISSUEX509RESPONSE_RESULT']._serialized_start=328
-  _globals['_BATCHISSUEX509RESPONSE_RESULT']._serialized_end=432
-  _globals['_BATCHISSUEJWTREQUEST']._serialized_start=435
-  _globals['_BATCHISSUEJWTREQUEST']._serialized_end=568
-  _globals['_BATCHISSUEJWTREQUEST_ITEM']._serialized_start=525
-  _globals['_BATCHISSUEJWTREQUEST_ITEM']._serialized_end=568
-  _globals['_BATCHISSUEJWTRESPONSE']._serialized_start=571
-  _globals['_BATCHISSUEJWTRESPONSE']._serialized_end=770
-  _globals['_BATCHISSUEJWTRESPONSE_RESULT']._serialized_start=667
-  _globals['_BATCHISSUEJWTRESPONSE_RESULT']._serialized_end=770
-  _globals['_SVID']._serialized_start=773
-  _globals['_SVID']._serialized_end=1002
+  _globals['_BATCHISSUEX509REQUEST_ITEM']._serialized_end=245
+  _globals['_BATCHISSUEX509RESPONSE']._serialized_start=248
+  _globals['_BATCHISSUEX509RESPONSE']._serialized_end=450
+  _globals['_BATCHISSUEX509RESPONSE_RESULT']._serialized_start=346
+  _globals['_BATCHISSUEX509RESPONSE_RESULT']._serialized_end=450
+  _globals['_BATCHISSUEJWTREQUEST']._serialized_start=453
+  _globals['_BATCHISSUEJWTREQUEST']._serialized_end=586
+  _globals['_BATCHISSUEJWTREQUEST_ITEM']._serialized_start=543
+  _globals['_BATCHISSUEJWTREQUEST_ITEM']._serialized_end=586
+  _globals['_BATCHISSUEJWTRESPONSE']._serialized_start=589
+  _globals['_BATCHISSUEJWTRESPONSE']._serialized_end=788
+  _globals['_BATCHISSUEJWTRESPONSE_RESULT']._serialized_start=685
+  _globals['_BATCHISSUEJWTRESPONSE_RESULT']._serialized_end=788
+  _globals['_SVID']._serialized_start=791
+  _globals['_SVID']._serialized_end=1020
 # @@protoc_insertion_point(module_scope)

@@ -29,19 +29,25 @@ class BatchIssueX509Request(_message.Message):
 
         ENTRY_ID_FIELD_NUMBER: _builtins.int
         CSR_FIELD_NUMBER: _builtins.int
+        INSTANCE_FIELD_NUMBER: _builtins.int
         entry_id: _builtins.str
         """Required. An entry the calling node is authorized for."""
         csr: _builtins.bytes
         """Required. PKCS #10, DER, at most 16 KiB."""
+        instance: _builtins.str
+        """Optional. Which instance of the workload it is for, in the node's words; kept in the ledger.
+        Printable, at most 128 bytes.
+        """
         def __init__(
             self,
             *,
             entry_id: _builtins.str = ...,
             csr: _builtins.bytes = ...,
+            instance: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "entry_id", b"entry_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "entry_id", b"entry_id", "instance", b"instance"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,67 @@
+"""Workload attestors: what the kernel, the init system and the container engine say of a process.
+
+- An attestor reads through `Process`, never by a bare pid: a reused pid is noticed.
+- It vouches for facts alone; which identity they make is the entries' business.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from identity_broker.domain.selector import Selector
+
+
+class Process(Protocol):
+    """A process that is known not to be confused with another one of the same pid.
+
+    Implemented by `identity_broker.localpeer.process.LiveProcess`.
+    """
+
+    @property
+    def pid(self) -> int:
+        """As the agent sees it."""
+        ...
+
+    @property
+    def start_time(self) -> int:
+        """Clock ticks after boot (field 22 of /proc/PID/stat); with the pid, its name."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return the content of /proc/PID/<name> ("status", "cgroup").
+
+        Raises:
+            CallerUnknown: the process has ended.
+        """
+        ...
+
+    def check(self) -> None:
+        """Make sure that it still runs, the same program as the same user.
+
+        Raises:
+            CallerUnknown: it has ended.
+            ProcessChanged: it runs another program, or as another user.
+        """
+        ...
+
+
+class WorkloadAttestor(Protocol):
+    """One source of selectors."""
+
+    @property
+    def name(self) -> str:
+        """The type of its selectors: "unix"."""
+        ...
+
+    async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
+        """Return what it can vouch for.
+
+        Args:
+            wanted: the first parts of the selector values anybody asks for ("uid", "sha256"):
+                what is expensive and not wanted may be left out. Empty means everything.
+
+        Raises:
+            AttestationFailed: it cannot tell, although it should be able to.
+            CallerUnknown, ProcessChanged: as `Process.check`.
+        """
+        ...
