@@ -30,14 +30,28 @@ class BrokerAddresses:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentAddresses:
+    """The node agent, and the node it is."""
+
+    admin_socket: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class DevState:
-    """What runs in a directory. `openbao_address` is empty with the local CA."""
+    """What runs in a directory. `openbao_address` is empty with the local CA.
+
+    `workload_api` is a `unix:///…` address for any SPIFFE client; it is empty, and `agent` None,
+    where no agent runs.
+    """
 
     trust_domain: str
     broker: BrokerAddresses
     openbao_address: str
     bundle_file: str
     pid: int
+    workload_api: str = ""
+    agent: AgentAddresses | None = None
 
     @classmethod
     def load(cls, directory: Path) -> Self:
@@ -74,21 +88,33 @@ class DevState:
             openbao_address=str(document["openbao"]["address"]),
             bundle_file=str(document["bundle_file"]),
             pid=int(document["pid"]),
+            workload_api=str(document.get("workload_api", "")),
+            agent=_agent(document.get("agent")),
         )
 
     def to_document(self) -> dict[str, Any]:
         """As it stands in the file."""
-        return {
+        document = {
             "trust_domain": self.trust_domain,
             "broker": asdict(self.broker),
             "openbao": {"address": self.openbao_address},
             "bundle_file": self.bundle_file,
             "pid": self.pid,
         }
+        if self.agent is not None:
+            document["workload_api"] = self.workload_api
+            document["agent"] = asdict(self.agent)
+        return document
 
     def write(self, directory: Path) -> None:
         """Write it whole: a reader sees all of it or none."""
         write_private(directory / FILE_NAME, json.dumps(self.to_document(), indent=2) + "\n")
+
+
+def _agent(found: Any) -> AgentAddresses | None:
+    if found is None:
+        return None
+    return AgentAddresses(str(found["admin_socket"]), str(found["node_id"]))
 
 
 def write_private(path: Path, text: str) -> None:
