@@ -110,6 +110,7 @@ class Revocation:
     expires_at: datetime
     reason: RevocationReason
     comment: str = ""
+    authority_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,6 +328,7 @@ REVOCATION_COLUMNS = (
     tables.credentials.c.not_after,
     tables.credentials.c.reason,
     tables.credentials.c.comment,
+    tables.credentials.c.authority_id,
 )
 
 
@@ -341,6 +342,7 @@ def revocation_from_row(row: Any) -> Revocation:
         expires_at=from_micros(row.not_after),
         reason=RevocationReason(row.reason),
         comment=row.comment,
+        authority_id=row.authority_id,
     )
 
 
