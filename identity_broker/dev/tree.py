@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from identity_broker.dev.broker_process import BrokerProcess
+from identity_broker.dev.child_process import ChildProcess
 from identity_broker.dev.directory import CaKind, DevDirectory, DevSettings
 from identity_broker.dev.errors import DevChildEnded
 from identity_broker.dev.lifeline import tied_to_parent
@@ -54,7 +54,9 @@ class DevTree:
         self._ca = ca
         self._say = say
         self._openbao: EmbeddedOpenBao | None = None
-        self._broker = BrokerProcess(self._directory.broker_config, self._directory.broker_log)
+        self._broker = ChildProcess(
+            "server", "broker", self._directory.broker_config, self._directory.broker_log
+        )
 
     def run(self, on_ready: Callable[[DevState], None]) -> None:
         """Start everything, call `on_ready`, and return when a signal ended all of it.
@@ -110,7 +112,7 @@ class DevTree:
         socket_path = self._directory.admin_socket()
         config = _broker_config(settings, self._directory, socket_path, bundle_file, openbao)
         write_private(self._directory.broker_config, to_toml(config))
-        return self._broker.start(on_wait=stopped.check)
+        return BrokerAddresses(**self._broker.start(on_wait=stopped.check))
 
     def _start_openbao(self, stopped: _StopSignal) -> None:
         started = time.monotonic()

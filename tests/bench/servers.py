@@ -36,9 +36,10 @@ from cryptography.x509.oid import NameOID
 
 from identity_api.broker.v1 import types_pb2
 from identity_broker.config.settings import Settings
-from identity_broker.dev.broker_process import BrokerProcess
+from identity_broker.dev.child_process import ChildProcess
 from identity_broker.dev.lifeline import tied_to_parent
 from identity_broker.dev.openbao import EmbeddedOpenBao
+from identity_broker.dev.state import BrokerAddresses
 from identity_broker.dev.tree import to_toml
 from identity_broker.server.app import BoundAddresses
 from identity_ca.backends.vault.provision import admin_client
@@ -109,10 +110,11 @@ def started(directory: Path) -> Iterator[tuple[int, BoundAddresses, Path, float]
     """
     # A socket's path is short; a checkout's need not be.
     socket_directory = Path(tempfile.mkdtemp(prefix="idb-bench-"))
-    process = BrokerProcess(write_config(directory, socket_directory), directory / "broker.log")
+    config = write_config(directory, socket_directory)
+    process = ChildProcess("server", "broker", config, directory / "broker.log")
     try:
         began = time.perf_counter()
-        bound = process.start(on_wait=lambda: None)
+        bound = BrokerAddresses(**process.start(on_wait=lambda: None))
         seconds = time.perf_counter() - began
         pid = process.pid
         assert pid is not None

@@ -1,6 +1,6 @@
-"""The broker of an `idb dev`: `idb server run` as a child process.
+"""The broker and the agent of an `idb dev`: `idb … run` as child processes.
 
-- It says on stdout, as one line of JSON, where it listens; that line is what makes it ready.
+- Each says on stdout, as one line of JSON, where it listens; that line is what makes it ready.
 - Its log goes to a file; when it ends by itself, the last lines of it are what is told.
 - Nothing of our environment steers it: IDB_… variables are left out.
 """
@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from identity_broker.dev.errors import DevChildEnded
 from identity_broker.dev.lifeline import tied_to_parent
-from identity_broker.dev.state import BrokerAddresses
 
 _START_SECONDS = 40.0
 _STOP_SECONDS = 5.0
@@ -27,22 +27,33 @@ _TAIL_LINES = 12
 _ENTRY_POINT = "identity_broker.cli.main"
 
 
-class BrokerProcess:
-    """One broker, started from a configuration file."""
+class ChildProcess:
+    """`idb NOUN run`, started from a configuration file.
 
-    def __init__(self, config: Path, log: Path) -> None:
+    Args:
+        noun: "server" or "agent".
+        title: what people call it: "broker".
+        log: where its stderr goes; 0600.
+    """
+
+    def __init__(self, noun: str, title: str, config: Path, log: Path) -> None:
+        self._noun = noun
+        self._title = title
         self._config = config
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int | None:
-        """Of the running broker, or None."""
+        """Of the running process, or None."""
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
-    def start(self, *, on_wait: Callable[[], None]) -> BrokerAddresses:
-        """Start it; return when it is ready. `on_wait` is called now and then meanwhile.
+    def start(self, *, on_wait: Callable[[], None]) -> dict[str, Any]:
+        """Start it; return what it said when it was ready.
+
+        Args:
+            on_wait: called now and then meanwhile.
 
         Raises:
             DevChildEnded: it ended, or did not become ready in time.
@@ -54,7 +65,7 @@ class BrokerProcess:
                     sys.executable,
                     "-m",
                     _ENTRY_POINT,
-                    "server",
+                    self._noun,
                     "run",
                     "--config",
                     str(self._config),
@@ -69,7 +80,7 @@ class BrokerProcess:
                 start_new_session=True,
                 preexec_fn=tied_to_parent(),  # noqa: PLW1509 - does nothing but prctl
             )
-        return self._read_addresses(on_wait)
+        return self._read_ready(on_wait)
 
     def stop(self) -> None:
         """End it, letting running calls finish; returns when it is gone. Twice is harmless."""
@@ -93,18 +104,18 @@ class BrokerProcess:
         if code is None:
             return None
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return self._failed(f"the broker ended with {how}")
+        return self._failed(f"the {self._title} ended with {how}")
 
-    def _read_addresses(self, on_wait: Callable[[], None]) -> BrokerAddresses:
+    def _read_ready(self, on_wait: Callable[[], None]) -> dict[str, Any]:
         process = self._process
         if process is None or process.stdout is None:  # pragma: no cover - start() made both
-            raise self._failed("the broker was not started")
+            raise self._failed(f"the {self._title} was not started")
         until = time.monotonic() + _START_SECONDS
         line = b""
         descriptor = process.stdout.fileno()
         while not line.endswith(b"\n"):
             if time.monotonic() > until:
-                raise self._failed(f"the broker was not ready within {_START_SECONDS:.0f} s")
+                raise self._failed(f"the {self._title} was not ready within {_START_SECONDS:.0f} s")
             if not select.select([descriptor], [], [], 0.2)[0]:
                 on_wait()
                 continue
@@ -112,12 +123,15 @@ class BrokerProcess:
             if not part:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_SECONDS)
-                raise self.ended() or self._failed("the broker closed its output")
+                raise self.ended() or self._failed(f"the {self._title} closed its output")
             line += part
         try:
-            return BrokerAddresses(**json.loads(line))
-        except (ValueError, TypeError) as exc:
-            raise self._failed("the broker said something unexpected when it was ready") from exc
+            said = json.loads(line)
+        except ValueError as exc:
+            raise self._failed(f"the {self._title} said what is no JSON") from exc
+        if not isinstance(said, dict):
+            raise self._failed(f"the {self._title} said what is no JSON object")
+        return said
 
     def _failed(self, message: str) -> DevChildEnded:
         lines: list[str] = []
