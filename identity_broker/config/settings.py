@@ -144,6 +144,7 @@ SocketPath = Annotated[Path, AfterValidator(_socket_path)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 StoreUrl = Annotated[SecretStr, AfterValidator(_store_url)]
 ReadableFile = Annotated[Path, InputFile()]
+SelectorType = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 PerSecond = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Burst = Annotated[int, Field(ge=1, le=10_000_000)]
 
@@ -411,6 +412,16 @@ class AttestorSettings(Section):
         }
 
 
+class EntrySettings(Section):
+    """What registration entries may say."""
+
+    selector_types: tuple[SelectorType, ...] = Field(
+        default=(),
+        description="Selector types of attestors that are not built in; their values are taken as "
+        "they are. Those of attestors.plugins are known without being listed.",
+    )
+
+
 class LedgerSettings(Section):
     """The ledger of issued credentials."""
 
@@ -475,6 +486,7 @@ class Settings(Section):
     openbao: OpenBaoSettings = Field(default_factory=OpenBaoSettings)
     svid: SvidSettings = Field(default_factory=SvidSettings)
     attestors: AttestorSettings = Field(default_factory=AttestorSettings)
+    entries: EntrySettings = Field(default_factory=EntrySettings)
     ledger: LedgerSettings = Field(default_factory=LedgerSettings)
     bundle: BundleSettings = Field(default_factory=BundleSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from identity_broker.config.settings import LimitSettings, Settings
 from identity_broker.domain.clock import Clock, SystemClock
+from identity_broker.domain.selector_syntax import SelectorSyntax
 from identity_broker.errors import AuthorityUnavailable, BrokerError
 from identity_broker.lifecycle.attest import Attest
 from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
@@ -211,7 +212,12 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     for service in (
         NodeAttestationService(attest, rotate_node, signing, metrics),
         SvidService(authorize, issue, metrics),
-        EntryService(entries, authorize, directory),
+        EntryService(
+            entries,
+            authorize,
+            directory,
+            SelectorSyntax({*settings.entries.selector_types, *settings.attestors.plugins}),
+        ),
         NodeService(nodes),
         BundleService(signing, trust.listen),
         CredentialService(store, revoke, directory),

@@ -8,6 +8,7 @@ from typing import TypeVar
 from identity_api.broker.v1 import entry_pb2 as pb
 from identity_api.broker.v1 import types_pb2
 from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.selector_syntax import SelectorSyntax
 from identity_broker.errors import (
     BrokerError,
     EntryExists,
@@ -34,10 +35,17 @@ _CHUNK = 500
 class EntryService:
     """Registration entries, for operators and for the nodes they concern."""
 
-    def __init__(self, entries: Entries, authorize: Authorize, directory: Directory) -> None:
+    def __init__(
+        self,
+        entries: Entries,
+        authorize: Authorize,
+        directory: Directory,
+        selectors: SelectorSyntax,
+    ) -> None:
         self._entries = entries
         self._authorize = authorize
         self._directory = directory
+        self._selectors = selectors
 
     def functions(self) -> Mapping[str, ServiceFunction]:
         """Full method name to service function."""
@@ -58,7 +66,7 @@ class EntryService:
     ) -> pb.BatchCreateEntryResponse:
         """Create entries, each with its own status."""
         scalars.from_batch(request.entries, "entries")
-        parsed = [_parsed(item) for item in request.entries]
+        parsed = [self._parsed(item) for item in request.entries]
         good = [entry for entry in parsed if isinstance(entry, RegistrationEntry)]
         created = await self._entries.create(good, call.caller) if good else []
         return pb.BatchCreateEntryResponse(
@@ -72,7 +80,7 @@ class EntryService:
         scalars.from_batch(request.items, "items")
         ids = [_id(item.entry.id, "entry.id") for item in request.items]
         changes = [
-            (entry_id, item.entry.revision, _change(item))
+            (entry_id, item.entry.revision, self._change(item))
             for entry_id, item in zip(ids, request.items, strict=True)
             if isinstance(entry_id, str)
         ]
@@ -170,12 +178,24 @@ class EntryService:
             )
         return response
 
+    def _parsed(self, message: types_pb2.RegistrationEntry) -> RegistrationEntry | BrokerError:
+        try:
+            entry = convert_entry.from_entry(message, message.id or new_entry_id())
+            self._selectors.check_all(entry.selectors)
+        except BrokerError as error:
+            return error
+        return entry
 
-def _parsed(message: types_pb2.RegistrationEntry) -> RegistrationEntry | BrokerError:
-    try:
-        return convert_entry.from_entry(message, message.id or new_entry_id())
-    except BrokerError as error:
-        return error
+    def _change(
+        self, item: pb.BatchUpdateEntryRequest.Item
+    ) -> Callable[[RegistrationEntry], RegistrationEntry]:
+        def change(stored: RegistrationEntry) -> RegistrationEntry:
+            entry = convert_entry.from_update(stored, item.entry, item.fields)
+            # What an older broker stored may stay.
+            self._selectors.check_all(entry.selectors - stored.selectors)
+            return entry
+
+        return change
 
 
 def _id(text: str, field: str) -> str | BrokerError:
@@ -192,12 +212,6 @@ def _merged(
     rest = iter(results)
     for item in parsed:
         yield item if isinstance(item, BrokerError) else next(rest)
-
-
-def _change(
-    item: pb.BatchUpdateEntryRequest.Item,
-) -> Callable[[RegistrationEntry], RegistrationEntry]:
-    return lambda stored: convert_entry.from_update(stored, item.entry, item.fields)
 
 
 def _result(result: RegistrationEntry | BrokerError) -> pb.EntryResult:
