@@ -32,6 +32,26 @@ class Process(Protocol):
 
         Raises:
             CallerUnknown: the process has ended.
+            AttestationFailed: the agent may not read it.
+        """
+        ...
+
+    def open(self, name: str) -> int:
+        """Open /proc/PID/<name> for reading; "exe" is the very file it runs, renamed or not.
+
+        Returns:
+            A descriptor, the caller's to close.
+
+        Raises:
+            CallerUnknown, AttestationFailed: as `read`.
+        """
+        ...
+
+    def link(self, name: str) -> str:
+        """Return where the symbolic link /proc/PID/<name> points ("exe", "ns/mnt").
+
+        Raises:
+            CallerUnknown, AttestationFailed: as `read`.
         """
         ...
 
