@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from identity_broker.domain.buckets import Buckets
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.errors import BrokerError
-from identity_broker.server.rpc.limits import Buckets
 from identity_broker.server.rpc.methods import Rate
 from identity_broker.server.rpc.pipeline import RefusedCall
 from identity_broker.store import Repositories, Store

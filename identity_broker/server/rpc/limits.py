@@ -1,7 +1,5 @@
 """Token buckets, one for each caller and method, and places for streams; in bounded memory.
 
-- A bucket is one number, the moment at which it is full again (GCRA); the one used longest ago is
-  forgotten first.
 - Identities and anonymous addresses are kept apart, so that strangers cannot push a node's
   bucket out of memory.
 - A stream costs for as long as it is open: strangers may hold a bounded number of them.
@@ -12,55 +10,19 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, Generic, TypeVar
+from typing import Final
 
+from identity_broker.domain.buckets import DEFAULT_CAPACITY, Buckets
 from identity_broker.domain.caller import Caller
 from identity_broker.errors import RateLimited
 from identity_broker.server.rpc.methods import Rate, RateName
 
-DEFAULT_CAPACITY: Final = 65_536
 ANONYMOUS_STREAMS: Final = 16  # of one network
 ANONYMOUS_STREAMS_TOGETHER: Final = 1000
 _STREAM_RETRY_SECONDS: Final = 10.0
-
-K = TypeVar("K", bound=Hashable)
-
-
-class Buckets(Generic[K]):
-    """A bucket for each key; at most `capacity` of them, the one used longest ago goes first."""
-
-    __slots__ = ("_capacity", "_full_at")
-
-    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
-        self._full_at: OrderedDict[K, float] = OrderedDict()
-        self._capacity = capacity
-
-    def take(self, key: K, cost: float, depth: float, now: float) -> float:
-        """Take from the key's bucket, or nothing at all.
-
-        Args:
-            cost: what is taken, in seconds of refilling.
-            depth: what the bucket holds, in seconds of refilling.
-            now: seconds that only grow.
-
-        Returns:
-            0.0 when it was taken, else the seconds until it could be.
-        """
-        full_at = max(self._full_at.get(key, now), now) + cost
-        wait = full_at - now - depth
-        if wait > 1e-9:
-            return wait
-        self._full_at[key] = full_at
-        self._full_at.move_to_end(key)
-        if len(self._full_at) > self._capacity:
-            self._full_at.popitem(last=False)
-        return 0.0
-
-    def __len__(self) -> int:
-        return len(self._full_at)
 
 
 class RateLimiter:
