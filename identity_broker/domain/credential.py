@@ -51,7 +51,8 @@ class CredentialIntent:
     """What is about to be signed. Durable before the signature exists.
 
     `id` is the serial (40 lower-case hexadecimal digits) or the jti; `entry_id` is empty for a
-    node's own SVID and `node_id` is None for the broker's own.
+    node's own SVID and `node_id` is None for the broker's own. `instance` is the node's word for
+    the process it is for; empty where that does not matter.
     """
 
     id: str
@@ -67,6 +68,7 @@ class CredentialIntent:
     not_after: datetime
     recorded_at: datetime
     correlation_id: str = ""
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

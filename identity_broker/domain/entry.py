@@ -16,6 +16,7 @@ from types import MappingProxyType
 from identity_broker.domain import names
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import EntryInvalid
+from identity_ca.keys import KeyAlgorithm
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 MIN_TTL = timedelta(seconds=10)
@@ -25,6 +26,7 @@ MAX_SELECTORS = 64
 MAX_DNS_NAMES = 32
 MAX_LABELS = 32
 MAX_HINT_BYTES = 1024  # SPIFFE Workload API, section 8
+KEY_ALGORITHMS = (KeyAlgorithm.EC_P256, KeyAlgorithm.EC_P384, KeyAlgorithm.RSA_2048)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -34,6 +36,10 @@ _LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 @dataclass(frozen=True, slots=True)
 class RegistrationEntry:
     """One statement of who may become what.
+
+    Attributes:
+        per_process: one X.509-SVID for each process, instead of one for the node.
+        key_algorithm: the kind of key the agent makes; None leaves it to the agent (EC P-256).
 
     Raises:
         EntryInvalid: a field is out of range or contradicts another.
@@ -54,12 +60,15 @@ class RegistrationEntry:
     expires_at: datetime | None = None
     owner: str = ""
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    per_process: bool = False
+    key_algorithm: KeyAlgorithm | None = None
     revision: int = 0
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
     def __post_init__(self) -> None:
         _check_identity(self)
+        _check_keys(self)
         _check_ttl("x509_ttl", self.x509_ttl, MAX_X509_TTL)
         _check_ttl("jwt_ttl", self.jwt_ttl, MAX_JWT_TTL)
         _check_dns_names(self.dns_names)
@@ -105,6 +114,8 @@ UPDATABLE_FIELDS = frozenset(
         "expires_at",
         "owner",
         "labels",
+        "per_process",
+        "key_algorithm",
     }
 )
 
@@ -135,6 +146,16 @@ def _check_identity(entry: RegistrationEntry) -> None:
         raise EntryInvalid("a trust domain is named twice in federates_with")
     if entry.admin and entry.names_node_group:
         raise EntryInvalid("a node group cannot be an administrator")
+
+
+def _check_keys(entry: RegistrationEntry) -> None:
+    if entry.per_process and entry.names_node_group:
+        raise EntryInvalid("a node group has no processes: per_process is for entries of workloads")
+    if entry.key_algorithm is not None and entry.key_algorithm not in KEY_ALGORITHMS:
+        raise EntryInvalid(
+            f"agents make no {entry.key_algorithm} keys",
+            hint=f"key_algorithm is one of: {', '.join(KEY_ALGORITHMS)}",
+        )
 
 
 def _check_ttl(name: str, ttl: timedelta | None, longest: timedelta) -> None:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.grant import Grant
@@ -40,15 +40,18 @@ _REMOTE_FLIGHTS = 4
 
 @dataclass(frozen=True, slots=True)
 class X509Order:
-    """A grant and the CSR that brings the key."""
+    """A grant and the CSR that brings the key; `instance` as in `CredentialIntent`."""
 
     grant: Grant
     csr: bytes
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class JwtOrder:
     """A grant and the audiences the token is for."""
+
+    instance: ClassVar[str] = ""  # a token has no key of its own to tell processes apart by
 
     grant: Grant
     audiences: Sequence[str]
@@ -217,7 +220,7 @@ class _Lane(Generic[O, P, C]):
         grants: list[Grant] = []
         for order, item, correlation_id in zip(orders, prepared, correlations, strict=True):
             if not isinstance(item, BrokerError):
-                intents.append(Order(order.grant, item, correlation_id))
+                intents.append(Order(order.grant, item, correlation_id, order.instance))
                 ready.append(item)
                 grants.append(order.grant)
         if not ready:

@@ -30,6 +30,7 @@ class Order(NamedTuple):
     grant: Grant
     prepared: PreparedX509 | PreparedJwt
     correlation_id: str
+    instance: str = ""
 
 
 class Record:
@@ -98,7 +99,11 @@ class Record:
 
 
 def _intent(
-    grant: Grant, prepared: PreparedX509 | PreparedJwt, correlation_id: str, now: datetime
+    grant: Grant,
+    prepared: PreparedX509 | PreparedJwt,
+    correlation_id: str,
+    instance: str,
+    now: datetime,
 ) -> CredentialIntent:
     if isinstance(prepared, PreparedX509):
         kind, identifier = CredentialKind.X509, prepared.serial
@@ -119,6 +124,7 @@ def _intent(
         not_after=prepared.not_after,
         recorded_at=now,
         correlation_id=correlation_id,
+        instance=instance,
     )
 
 

@@ -143,6 +143,8 @@ def entry_values(entry: RegistrationEntry) -> Values:
         "expires_at": _optional_micros(entry.expires_at),
         "owner": entry.owner,
         "labels": _to_json(dict(entry.labels)),
+        "per_process": entry.per_process,
+        "key_algorithm": "" if entry.key_algorithm is None else entry.key_algorithm.value,
         "revision": entry.revision,
         "created_at": to_micros(entry.created_at),
         "updated_at": to_micros(entry.updated_at),
@@ -177,6 +179,8 @@ def entry_from_row(row: Any, selectors: Iterable[Selector]) -> RegistrationEntry
         expires_at=_optional_instant(row.expires_at),
         owner=row.owner,
         labels=_NO_LABELS if row.labels == "{}" else MappingProxyType(json.loads(row.labels)),
+        per_process=bool(row.per_process),
+        key_algorithm=KeyAlgorithm(row.key_algorithm) if row.key_algorithm else None,
         revision=row.revision,
         created_at=from_micros(row.created_at),
         updated_at=from_micros(row.updated_at),
@@ -256,6 +260,7 @@ INTENT_COLUMNS = (
     "not_after",
     "recorded_at",
     "correlation_id",
+    "instance",
 )
 
 
@@ -279,6 +284,7 @@ def intent_row(intent: CredentialIntent) -> tuple[Any, ...]:
         to_micros(intent.not_after),
         to_micros(intent.recorded_at),
         intent.correlation_id,
+        intent.instance,
     )
 
 
@@ -311,6 +317,7 @@ def credential_from_row(row: Any) -> Credential:
             not_after=from_micros(row.not_after),
             recorded_at=from_micros(row.recorded_at),
             correlation_id=row.correlation_id,
+            instance=row.instance,
         ),
         state=CredentialState(row.state),
         digest=row.digest,

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlmodel import Field, SQLModel
@@ -116,6 +117,12 @@ class EntryRow(Row, table=True):
     expires_at: int | None = Field(sa_type=BigInteger, nullable=True)
     owner: str = Field(sa_type=Text, nullable=False)
     labels: str = Field(sa_type=Text, nullable=False)
+    per_process: bool = Field(
+        default=False, nullable=False, sa_column_kwargs={"server_default": false()}
+    )
+    key_algorithm: str = Field(
+        default="", sa_type=Text, nullable=False, sa_column_kwargs={"server_default": text("''")}
+    )
     revision: int = Field(sa_type=BigInteger, nullable=False)
     created_at: int = Field(sa_type=BigInteger, nullable=False)
     updated_at: int = Field(sa_type=BigInteger, nullable=False)
@@ -251,6 +258,9 @@ class CredentialRow(Row, table=True):
     revoked_at: int | None = Field(sa_type=BigInteger, nullable=True)
     reason: int | None = Field(sa_type=Integer, nullable=True)
     comment: str = Field(sa_type=Text, nullable=False)
+    instance: str = Field(
+        default="", sa_type=Text, nullable=False, sa_column_kwargs={"server_default": text("''")}
+    )
 
 
 class AuthorityRow(Row, table=True):

@@ -92,6 +92,7 @@ def to_credential(credential: Credential) -> credential_pb2.CredentialRecord:
         revoked_at=to_epoch(credential.revoked_at),
         reason=to_reason(credential.reason),
         comment=credential.comment,
+        instance=intent.instance,
     )
 
 

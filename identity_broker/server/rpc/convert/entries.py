@@ -9,7 +9,7 @@ from identity_api.broker.v1 import (
     entry_pb2,
     types_pb2,
 )
-from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.entry import KEY_ALGORITHMS, RegistrationEntry
 from identity_broker.domain.paging import (
     EntryFilter,
 )
@@ -29,6 +29,7 @@ from identity_broker.server.rpc.convert.scalars import (
     to_epoch,
 )
 from identity_ca.errors import SpiffeIdError
+from identity_ca.keys import KeyAlgorithm
 from identity_ca.spiffe_id import TrustDomain
 
 
@@ -68,6 +69,8 @@ def to_entry(entry: RegistrationEntry) -> types_pb2.RegistrationEntry:
         expires_at=to_epoch(entry.expires_at),
         owner=entry.owner,
         labels=dict(entry.labels),
+        per_process=entry.per_process,
+        key_algorithm=entry.key_algorithm or "",
         revision=entry.revision,
         created_at=to_epoch(entry.created_at),
         updated_at=to_epoch(entry.updated_at),
@@ -96,6 +99,8 @@ def from_entry(message: types_pb2.RegistrationEntry, entry_id: str) -> Registrat
         expires_at=from_epoch(message.expires_at, "expires_at"),
         owner=message.owner,
         labels=MappingProxyType(dict(message.labels)),
+        per_process=message.per_process,
+        key_algorithm=_key_algorithm(message.key_algorithm),
     )
 
 
@@ -131,6 +136,18 @@ def from_update(
     merged.MergeFrom(chosen)
     names = frozenset(_FIELDS.get(field, field) for field in fields)
     return stored.with_fields(from_entry(merged, stored.id), names)
+
+
+def _key_algorithm(name: str) -> KeyAlgorithm | None:
+    if not name:
+        return None
+    try:
+        return KeyAlgorithm(name)
+    except ValueError as error:
+        raise EntryInvalid(
+            f"key_algorithm {name[:32]!r} is not known",
+            hint=f"key_algorithm is one of: {', '.join(KEY_ALGORITHMS)}",
+        ) from error
 
 
 def _trust_domain(name: str) -> TrustDomain:

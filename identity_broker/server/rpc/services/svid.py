@@ -22,6 +22,7 @@ Order = TypeVar("Order", X509Order, JwtOrder)
 Issued = TypeVar("Issued")
 
 _OK = types_pb2.Status(code=0)
+_MAX_INSTANCE = 128
 
 
 class SvidService:
@@ -46,10 +47,7 @@ class SvidService:
         """Issue X.509-SVIDs, each with its own status."""
         scalars.from_batch(request.items, "items")
         node_id = calling_node(call)
-        planned: list[X509Order | BrokerError] = []
-        for item in request.items:
-            grant = self._granted(node_id, item.entry_id)
-            planned.append(grant if isinstance(grant, BrokerError) else X509Order(grant, item.csr))
+        planned = [self._x509_order(node_id, item) for item in request.items]
         results = await self._issue.x509(_orders(planned), call.correlation_id)
         response = svid_pb2.BatchIssueX509Response()
         for order, result in _merged(planned, results):
@@ -85,6 +83,15 @@ class SvidService:
                 convert_credential.fill_jwt_svid(answer.svid, result, order.grant.hint)
         self._count("jwt", results)
         return response
+
+    def _x509_order(
+        self, node_id: SpiffeId, item: svid_pb2.BatchIssueX509Request.Item
+    ) -> X509Order | BrokerError:
+        try:
+            instance = scalars.from_text(item.instance, "instance", _MAX_INSTANCE)
+            return X509Order(self._authorize.entry(node_id, item.entry_id), item.csr, instance)
+        except BrokerError as error:
+            return error
 
     def _granted(self, node_id: SpiffeId, entry_id: str) -> Grant | BrokerError:
         try:
