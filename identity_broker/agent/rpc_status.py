@@ -66,12 +66,14 @@ def status_code(error: BrokerError) -> grpc.StatusCode:
 
 
 def abort_arguments(
-    error: BrokerError,
+    error: BrokerError, correlation_id: str = ""
 ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
     """What `ServicerContext.abort` takes: code, sentence, trailing metadata."""
     code = status_code(error)
     message = _bounded(error.public)
     info = ErrorInfo(reason=error.reason, domain=DOMAIN)
+    if correlation_id:
+        info.metadata["correlation_id"] = correlation_id
     if error.hint:
         info.metadata["hint"] = _bounded(error.hint)
     status = RpcStatus(code=code.value[0], message=message)
