@@ -136,8 +136,8 @@ class _Hints:
         if len(hint.encode()) > MAX_HINT_BYTES:
             _log.warning("hint left out", spiffe_id=spiffe_id, detail="longer than 1024 bytes")
             return ""
-        holder = self._given.setdefault(hint, spiffe_id)
-        if holder is not spiffe_id:
+        holder = self._given.get(hint)
+        if holder is not None:
             _log.warning(
                 "hint left out",
                 spiffe_id=spiffe_id,
@@ -145,6 +145,7 @@ class _Hints:
                 hint="idb entry update: give the entries of one process different hints",
             )
             return ""
+        self._given[hint] = spiffe_id
         return hint
 
 
