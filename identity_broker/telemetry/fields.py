@@ -43,6 +43,7 @@ FIELDS: Final = MappingProxyType(
         "count": "how many",
         "state": "where something stands in its life",
         "topic": "of the change feed",
+        "names": "of secrets that Envoy asked for",
         # the process
         "address": "a bound address",
         "path": "a file or socket",
