@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from identity_broker.cli.errors import NoBrokerNamed, UsageRefused
 from identity_broker.cli.options import Invocation
-from identity_broker.dev.state import FILE_NAME, DevState
+from identity_broker.dev.state import FILE_NAME, AgentAddresses, DevState
 
 if TYPE_CHECKING:
     from identity_client.admin import AdminClient, Target
@@ -60,6 +60,19 @@ def dev_state(invocation: Invocation) -> DevState:
     if named is None and not (DEFAULT_DIR / FILE_NAME).exists():
         raise NoBrokerNamed
     return DevState.load(named or DEFAULT_DIR)
+
+
+def dev_agent(invocation: Invocation) -> AgentAddresses | None:
+    """The node agent of the `idb dev` that is meant; None where that is another broker, or none.
+
+    Raises:
+        DevNotRunning: no `idb dev` runs in the directory named.
+    """
+    if invocation.address or invocation.socket:
+        return None
+    if invocation.dir is None and os.environ.get("IDB_ADMIN_SOCKET"):
+        return None
+    return dev_state(invocation).agent
 
 
 class Session:

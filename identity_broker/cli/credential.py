@@ -164,6 +164,10 @@ def _table(found: list[Credential]) -> str:
         for one in found
     ]
     columns = ["id", "kind", "state", "spiffe id", "expires", "recorded"]
+    if any(one.instance for one in found):
+        columns.append("instance")
+        for row, one in zip(rows, found, strict=True):
+            row.append(one.instance or "-")
     return table(columns, rows, empty="the ledger has no such credential")
 
 
@@ -181,6 +185,7 @@ def _facts(one: Credential) -> str:
         ("spiffe id", one.spiffe_id),
         ("entry", f"{one.entry_id} (revision {one.entry_revision})" if one.entry_id else "-"),
         ("node", one.node_id or "-"),
+        ("instance", one.instance or "-"),
         ("authority", one.authority_id),
         ("key fingerprint", one.key_fingerprint or "-"),
         ("to-be-signed digest", one.tbs_digest),

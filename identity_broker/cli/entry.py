@@ -2,6 +2,7 @@
 
 - A batch is reported item by item; the exit code is that of the first item that failed.
 - `update` changes what is named on the command line and nothing else.
+- With --wait, what was changed is shown first; the wait comes after, and then the first failure.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from identity_broker.cli.connect import Session
+from identity_broker.cli.applied import wait_applied, wait_options
+from identity_broker.cli.connect import Session, dev_agent
 from identity_broker.cli.entry_document import read_entries
-from identity_broker.cli.errors import UsageRefused
+from identity_broker.cli.errors import NotApplied, UsageRefused
 from identity_broker.cli.failure import failure_of
 from identity_broker.cli.options import Duration, Invocation, parse_pair, pass_invocation
 from identity_broker.cli.output import (
@@ -46,6 +48,9 @@ _PARENT_HELP = (
 )
 
 
+_KEY_TYPES = ["ec-p256", "ec-p384", "rsa-2048"]
+
+
 @click.group(cls=IdbGroup)
 def entry() -> None:
     """Register who may become which identity."""
@@ -56,7 +61,11 @@ def _described(*, flags: str) -> Callable[[C], C]:
     either = flags == "both"
     options = [
         click.option("--spiffe-id", metavar="ID", help="Identity to issue: SPIFFE ID or /path."),
-        click.option("--parent", metavar="NODE", help=_PARENT_HELP),
+        click.option(
+            "--parent",
+            metavar="NODE",
+            help=_PARENT_HELP if either else f"{_PARENT_HELP} [default: the agent of `idb dev`]",
+        ),
         click.option(
             "--selector",
             "selectors",
@@ -86,6 +95,17 @@ def _described(*, flags: str) -> Callable[[C], C]:
             default=None if either else False,
             help="It may run a broker below this one.",
         ),
+        click.option(
+            "--per-process/--no-per-process" if either else "--per-process",
+            is_flag=True,
+            default=None if either else False,
+            help="One X.509-SVID for each process, to tell instances apart and revoke them alone.",
+        ),
+        click.option(
+            "--key-type",
+            type=click.Choice(_KEY_TYPES),
+            help="Key that the agent makes; ec-p256 if none.",
+        ),
         click.option("--expires-in", type=Duration(), help="When the entry stops counting."),
         click.option("--owner", metavar="TEXT", help="Who answers for it."),
         click.option(
@@ -110,6 +130,7 @@ def _described(*, flags: str) -> Callable[[C], C]:
     connects=True,
     examples=[
         "idb entry create --spiffe-id /shop/orders --parent web-1 --selector unix:uid:1000",
+        "idb --dir dev entry create --spiffe-id /shop/orders --selector unix:uid:1000 --wait",
         "idb entry create --file entries.json",
     ],
 )
@@ -121,9 +142,17 @@ def _described(*, flags: str) -> Callable[[C], C]:
     type=click.Path(path_type=Path),
     help="JSON entries, as `idb entry list -o json` prints them; - is stdin.",
 )
+@wait_options
 @pass_invocation
 def create(
-    invocation: Invocation, /, entry_id: str, file: Path | None, disabled: bool, **described: Any
+    invocation: Invocation,
+    /,
+    entry_id: str,
+    file: Path | None,
+    disabled: bool,
+    wait: bool,
+    timeout: timedelta,
+    **described: Any,
 ) -> None:
     """Create an entry, or all entries of a file."""
     with Session.open(invocation) as session:
@@ -136,6 +165,9 @@ def create(
             entries = read_entries(file)
         else:
             fields = _fields(session, described)
+            agent = None if "parent_id" in fields else dev_agent(invocation)
+            if agent is not None:
+                fields["parent_id"] = agent.node_id
             missing = [name for name in ("spiffe_id", "parent_id") if name not in fields]
             if missing:
                 option = {"spiffe_id": "--spiffe-id", "parent_id": "--parent"}[missing[0]]
@@ -146,7 +178,10 @@ def create(
                 )
             entries = [_entry({**fields, "id": entry_id, "disabled": disabled})]
         outcomes = session.admin.entries.create(entries)
-    _report(invocation, outcomes, [one.id or one.spiffe_id for one in entries])
+        _show(invocation, outcomes)
+        if wait:
+            _wait(invocation, session, outcomes, timeout, named=_done(outcomes))
+    _raise_first(invocation, outcomes, [one.id or one.spiffe_id for one in entries])
 
 
 @entry.command("list", connects=True)
@@ -202,6 +237,7 @@ def show(invocation: Invocation, entry_id: str) -> None:
     default=None,
     help="Fail unless this is the entry's current revision.",
 )
+@wait_options
 @pass_invocation
 def update(
     invocation: Invocation,
@@ -209,6 +245,8 @@ def update(
     entry_id: str,
     disabled: bool | None,
     revision: int | None,
+    wait: bool,
+    timeout: timedelta,
     **described: Any,
 ) -> None:
     """Change the named fields of an entry.
@@ -225,21 +263,29 @@ def update(
             raise UsageRefused("nothing to change was named", hint="idb entry update --help")
         changed = replace(_entry(fields), id=entry_id, revision=revision or 0)
         outcomes = session.admin.entries.update([EntryChange(changed, frozenset(fields))])
-    _report(invocation, outcomes, [entry_id])
+        _show(invocation, outcomes)
+        if wait:
+            _wait(invocation, session, outcomes, timeout, named=_done(outcomes))
+    _raise_first(invocation, outcomes, [entry_id])
 
 
 @entry.command(connects=True)
 @click.argument("entry_ids", metavar="ENTRY...", nargs=-1, required=True)
+@wait_options
 @pass_invocation
-def delete(invocation: Invocation, entry_ids: tuple[str, ...]) -> None:
+def delete(
+    invocation: Invocation, entry_ids: tuple[str, ...], wait: bool, timeout: timedelta
+) -> None:
     """Delete entries.
 
     What was issued from them stays valid until it expires: idb credential revoke ends it.
     """
     with Session.open(invocation) as session:
         outcomes = session.admin.entries.delete(entry_ids)
-    deleted = [one.value for one in outcomes if one.error is None and one.value is not None]
-    emit(invocation.output, {"deleted": deleted}, lambda: "\n".join(deleted))
+        deleted = _done(outcomes)
+        emit(invocation.output, {"deleted": deleted}, lambda: "\n".join(deleted))
+        if wait:
+            _wait(invocation, session, outcomes, timeout)
     _raise_first(invocation, outcomes, list(entry_ids))
 
 
@@ -256,6 +302,8 @@ def _fields(session: Session, described: dict[str, Any]) -> dict[str, Any]:
         "federates_with": "federates_with",
         "admin": "admin",
         "downstream": "downstream",
+        "per_process": "per_process",
+        "key_type": "key_algorithm",
         "expires_in": "expires_at",
         "owner": "owner",
         "labels": "labels",
@@ -288,16 +336,35 @@ def _entry(fields: dict[str, Any]) -> Entry:
     return Entry(**fields)
 
 
-def _report(
-    invocation: Invocation, outcomes: Sequence[Outcome[Entry]], names: Sequence[str]
-) -> None:
-    stored = [one.value for one in outcomes if one.error is None and one.value is not None]
+def _done(outcomes: Sequence[Outcome[T]]) -> list[T]:
+    return [one.value for one in outcomes if one.error is None and one.value is not None]
+
+
+def _show(invocation: Invocation, outcomes: Sequence[Outcome[Entry]]) -> None:
+    stored = _done(outcomes)
     if len(outcomes) == 1:
         if stored:
             emit(invocation.output, stored[0], lambda: _facts(stored[0]))
     else:
         emit(invocation.output, {"entries": stored}, lambda: _table(stored))
-    _raise_first(invocation, outcomes, names)
+
+
+def _wait(
+    invocation: Invocation,
+    session: Session,
+    outcomes: Sequence[Outcome[T]],
+    timeout: timedelta,
+    named: Sequence[Entry] = (),
+) -> None:
+    """Wait for what succeeded; where another item failed, that one is the command's failure."""
+    if not _done(outcomes):
+        return
+    try:
+        wait_applied(session, timeout, named)
+    except NotApplied as late:
+        if all(one.error is None for one in outcomes):
+            raise
+        failure_of(late).tell(as_json=invocation.output is OutputFormat.JSON)
 
 
 def _raise_first(
@@ -340,7 +407,11 @@ def _state(one: Entry) -> Text:
 
 def _facts(one: Entry) -> str:
     now = SystemClock().now()
-    flags = [name for name in ("admin", "downstream") if getattr(one, name)]
+    flags = [
+        name.replace("_", " ")
+        for name in ("admin", "downstream", "per_process")
+        if getattr(one, name)
+    ]
     labels = "\n".join(f"{key}={value}" for key, value in sorted(one.labels.items()))
     pairs: list[tuple[str, str | Text]] = [
         ("entry", one.id),
@@ -355,6 +426,7 @@ def _facts(one: Entry) -> str:
         ("dns names", "\n".join(one.dns_names)),
         ("hint", one.hint),
         ("federates with", "\n".join(one.federates_with)),
+        ("key type", one.key_algorithm),
         ("flags", ", ".join(flags)),
         ("owner", one.owner),
         ("labels", labels),

@@ -130,4 +130,6 @@ _READERS: Mapping[str, Callable[[object], Any]] = {
     "expires_at": _time,
     "owner": _text,
     "labels": _labels,
+    "per_process": _flag,
+    "key_algorithm": _text,
 }

@@ -44,6 +44,15 @@ class VerdictNegative(BrokerError):
     sentence = "the check came out negative"
 
 
+class NotApplied(BrokerError):
+    """`--wait` ended before every agent concerned had applied the change, which is stored."""
+
+    kind = Kind.DEADLINE
+    reason = "NOT_APPLIED_IN_TIME"
+    sentence = "the change is stored, and not every agent has applied it in time"
+    default_hint = "idb agent status, on the machine of the agent, says what it waits for"
+
+
 class NotReady(BrokerError):
     """`idb doctor` found something that keeps the broker from working."""
 

@@ -16,6 +16,7 @@ from identity_client.admin.client import (
 )
 from identity_client.admin.target import MtlsTarget, Target, UnixTarget
 from identity_client.admin.values import (
+    Applied,
     Authority,
     AuthorityKind,
     AuthorityState,
@@ -39,6 +40,7 @@ from identity_client.admin.values import (
 
 __all__ = [
     "AdminClient",
+    "Applied",
     "Authorities",
     "Authority",
     "AuthorityKind",

@@ -83,6 +83,8 @@ def entry_from_wire(entry: types_pb2.RegistrationEntry) -> values.Entry:
         expires_at=time_from_wire(entry.expires_at),
         owner=entry.owner,
         labels=MappingProxyType(dict(entry.labels)),
+        per_process=entry.per_process,
+        key_algorithm=entry.key_algorithm,
         revision=entry.revision,
         created_at=time_from_wire(entry.created_at),
         updated_at=time_from_wire(entry.updated_at),
@@ -107,6 +109,8 @@ def entry_to_wire(entry: values.Entry) -> types_pb2.RegistrationEntry:
         expires_at=time_to_wire(entry.expires_at),
         owner=entry.owner,
         labels=entry.labels,
+        per_process=entry.per_process,
+        key_algorithm=entry.key_algorithm,
         revision=entry.revision,
     )
 
@@ -167,6 +171,7 @@ def credential_from_wire(record: credential_pb2.CredentialRecord) -> values.Cred
         revoked_at=revoked_at,
         reason=reason_from_wire(record.reason) if revoked_at else None,
         comment=record.comment,
+        instance=record.instance,
     )
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import islice
@@ -26,12 +27,15 @@ from identity_api.broker.v1 import (
     entry_pb2_grpc,
     node_pb2,
     node_pb2_grpc,
+    node_sync_pb2,
+    node_sync_pb2_grpc,
 )
 from identity_client._wire.status import error_from_item
 from identity_client.admin import _convert as convert
 from identity_client.admin._calls import BATCH_SIZE, PAGE_SIZE, call, pages
 from identity_client.admin.target import Target
 from identity_client.admin.values import (
+    Applied,
     Authority,
     AuthorityKind,
     Bundle,
@@ -51,6 +55,9 @@ from identity_client.admin.values import (
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 15.0
+_AWAIT_NODES = 100  # named in one call, at most
+_AWAIT_SECONDS = 30.0  # one call waits, at most
+_AWAIT_MARGIN = 5.0  # for the answer itself
 
 
 class AdminClient:
@@ -188,6 +195,7 @@ class Nodes:
 
     def __init__(self, channel: grpc.Channel, timeout: float) -> None:
         self._stub = node_pb2_grpc.NodeStub(channel)
+        self._sync = node_sync_pb2_grpc.NodeSyncStub(channel)
         self._timeout = timeout
 
     def list(self, *, attestor: str = "", banned: bool | None = None) -> Iterator[Node]:
@@ -224,6 +232,48 @@ class Nodes:
         """Forget the node; return how many of its credentials were revoked."""
         request = node_pb2.EvictNodeRequest(spiffe_id=node_id)
         return call(self._stub.Evict, request, self._timeout).revoked
+
+    def wait_applied(
+        self, node_ids: Sequence[str] = (), *, timeout: timedelta = timedelta(seconds=10)
+    ) -> Applied:
+        """Wait until the nodes concerned have applied every change that was made before the call.
+
+        Args:
+            node_ids: nodes that are waited for even while they are not connected.
+            timeout: how long to wait for all of them; what is left over then is `pending`.
+
+        Raises:
+            RequestRejected: MALFORMED_REQUEST.
+        """
+        until = time.monotonic() + timeout.total_seconds()
+        # The broker takes the names in portions; what one call waited for, the next finds done.
+        portions = [
+            node_ids[at : at + _AWAIT_NODES] for at in range(0, len(node_ids), _AWAIT_NODES)
+        ]
+        answers = [self._await(portion, until) for portion in portions or [()]]
+        stands = {
+            node: done
+            for answer in answers  # the last word on a node counts
+            for nodes, done in ((answer.applied, True), (answer.pending, False))
+            for node in nodes
+        }
+        return Applied(
+            revision=answers[0].revision,
+            applied=tuple(sorted(node for node, done in stands.items() if done)),
+            pending=tuple(sorted(node for node, done in stands.items() if not done)),
+            connected=answers[-1].connected,
+        )
+
+    def _await(self, node_ids: Sequence[str], until: float) -> node_sync_pb2.AwaitNodesResponse:
+        while True:
+            left = until - time.monotonic()
+            wait = max(0.001, min(left, _AWAIT_SECONDS))
+            request = node_sync_pb2.AwaitNodesRequest(
+                node_ids=node_ids, timeout_ms=max(1, round(wait * 1000))
+            )
+            answer = call(self._sync.Await, request, wait + _AWAIT_MARGIN)
+            if not answer.pending or left <= _AWAIT_SECONDS:
+                return answer
 
     def create_join_token(self, *, ttl: timedelta | None = None, node_name: str = "") -> JoinToken:
         """Make a token that attests one node once; the broker's default TTL when None."""

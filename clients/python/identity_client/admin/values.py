@@ -76,6 +76,8 @@ class Entry:
     """Who shows these selectors below this parent is that SPIFFE ID.
 
     `selectors` are "type:value". `id` may be empty on create: the broker then chooses one.
+    `per_process` asks for one X.509-SVID for each process; `key_algorithm` is "ec-p256" (when
+    empty), "ec-p384" or "rsa-2048".
     `revision`, `created_at` and `updated_at` are the broker's.
     """
 
@@ -94,6 +96,8 @@ class Entry:
     expires_at: datetime | None = None
     owner: str = ""
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    per_process: bool = False
+    key_algorithm: str = ""
     revision: int = 0
     created_at: datetime | None = None
     updated_at: datetime | None = None
@@ -164,6 +168,20 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """Which nodes stand at `revision` of the change feed, or later.
+
+    `applied` were told of a change and have applied it; `pending` were told, or waited for, and
+    have not answered in time; `connected` counts the nodes connected to the broker that was asked.
+    """
+
+    revision: int
+    applied: tuple[str, ...]
+    pending: tuple[str, ...]
+    connected: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JoinToken:
     """A single-use token; `token` is a secret that is shown once and kept out of repr()."""
 
@@ -174,7 +192,10 @@ class JoinToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """A ledger row: a credential the broker set out to issue. `id` is its serial or jti."""
+    """A ledger row: a credential the broker set out to issue.
+
+    `id` is its serial or jti; `instance` is the process it is for, in the node's words.
+    """
 
     id: str
     kind: CredentialKind
@@ -193,6 +214,7 @@ class Credential:
     revoked_at: datetime | None
     reason: RevocationReason | None
     comment: str
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
