@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -221,16 +221,30 @@ class Authorize:
         Raises:
             NodeUnknown, NodeBanned: the node is not (or no longer) welcome.
         """
-        node = self._welcome(node_id)
         now = self._clock.now()
-        parents = {node_id, *self._groups_of(node)}
         found = {
             entry.id: entry
-            for parent in parents
+            for parent in self.parents(node_id)
             for entry in self._directory.children(parent)
             if entry.is_live(now) and not entry.names_node_group
         }
         return [found[key] for key in sorted(found)]
+
+    def parents(self, node_id: SpiffeId) -> frozenset[SpiffeId]:
+        """Return the parents whose entries are the node's: itself, and the groups it belongs to.
+
+        Raises:
+            NodeUnknown, NodeBanned: the node is not (or no longer) welcome.
+        """
+        node = self._welcome(node_id)
+        return frozenset((node_id, *self.groups_of(node, self._directory.groups())))
+
+    def groups_of(self, node: Node, among: Iterable[RegistrationEntry]) -> Iterator[SpiffeId]:
+        """Yield the groups that the node belongs to by these entries; one may come twice."""
+        now = self._clock.now()
+        for group in among:
+            if group.selectors <= node.selectors and group.is_live(now):
+                yield group.spiffe_id
 
     def attested(self, node: AttestedNode) -> Grant:
         """Grant a freshly attested node its own SVID.
@@ -328,13 +342,7 @@ class Authorize:
         return node
 
     def _is_below(self, node: Node, parent: SpiffeId) -> bool:
-        return parent == node.spiffe_id or parent in self._groups_of(node)
-
-    def _groups_of(self, node: Node) -> Iterator[SpiffeId]:
-        now = self._clock.now()
-        for group in self._directory.groups():
-            if group.selectors <= node.selectors and group.is_live(now):
-                yield group.spiffe_id
+        return parent == node.spiffe_id or parent in self.groups_of(node, self._directory.groups())
 
     def _own(self, kind: GrantKind, spiffe_id: SpiffeId, supersedes: str) -> Grant:
         return Grant(

@@ -21,6 +21,7 @@ from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Change, Topic
 from identity_broker.domain.node import Node
 from identity_broker.errors import BrokerError, StoreUnavailable, WatchLagged
+from identity_broker.lifecycle.journal import Journal
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
@@ -38,23 +39,29 @@ Listener = Callable[["Update"], None]
 
 
 class Update:
-    """What one step of the change feed changed; handed to the listeners."""
+    """What one step of the change feed changed; handed to the listeners.
+
+    `before` has every entry that changed, as it was (None: it is new); what it is now, the
+    directory says.
+    """
 
     __slots__ = (
         "authorities_changed",
+        "before",
         "changed_entries",
+        "changed_node_ids",
         "deleted_entry_ids",
-        "nodes_changed",
         "revocations",
         "seq",
     )
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
+        self.before: dict[str, RegistrationEntry | None] = {}
         self.changed_entries: list[RegistrationEntry] = []
         self.deleted_entry_ids: list[str] = []
         self.revocations: list[Revocation] = []
-        self.nodes_changed = False
+        self.changed_node_ids: list[SpiffeId] = []
         self.authorities_changed = False
 
 
@@ -72,9 +79,11 @@ class Directory:
         self._revocations: dict[str, Revocation] = {}
         self._listeners: list[Listener] = []
         self._lock = asyncio.Lock()
+        self._begun = self._done = 0
         self._followed_at = time.monotonic()
         self._tidied_at = clock.now()
         self.seq = 0
+        self.journal = Journal()
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -171,6 +180,7 @@ class Directory:
         self._nodes = {node.spiffe_id: node for node in nodes}
         self._revocations = {revocation.id: revocation for revocation in revocations}
         self.seq = seq
+        self.journal.restart(seq)
 
     async def sync(self) -> None:
         """Reflect every change committed before this call.
@@ -178,19 +188,29 @@ class Directory:
         Raises:
             StoreUnavailable: the database did not answer; nothing is half-applied.
         """
+        begun = self._begun
         async with self._lock:
-            while True:
-                try:
-                    changes = await self._store.changes.after(self.seq, _LOAD_CHUNK)
-                except WatchLagged:
-                    # The feed no longer reaches back to where we are.
-                    await self._start_over()
-                    return
-                if not changes:
-                    return
-                await self._apply(changes)
-                if len(changes) < _LOAD_CHUNK:
-                    return
+            if self._done > begun:
+                # Somebody else's began after this call, and has ended: a thousand nodes that
+                # come back together cost a few reads.
+                return
+            self._begun += 1
+            await self._catch_up()
+            self._done = self._begun
+
+    async def _catch_up(self) -> None:
+        while True:
+            try:
+                changes = await self._store.changes.after(self.seq, _LOAD_CHUNK)
+            except WatchLagged:
+                # The feed no longer reaches back to where we are.
+                await self._start_over()
+                return
+            if not changes:
+                return
+            await self._apply(changes)
+            if len(changes) < _LOAD_CHUNK:
+                return
 
     async def follow(self) -> None:
         """Follow the change feed until cancelled; a store outage is waited out."""
@@ -241,17 +261,22 @@ class Directory:
 
     async def _start_over(self) -> None:
         """Read everything again, and tell the listeners what is different."""
-        entries, revocations = self._entries, self._revocations
+        entries, nodes, revocations = self._entries, self._nodes, self._revocations
         self.fill(*await self._read_all())
         update = Update(self.seq)
         update.changed_entries = [
             entry for entry in self._entries.values() if entries.get(entry.id) != entry
         ]
         update.deleted_entry_ids = [key for key in entries if key not in self._entries]
+        update.before = {entry.id: entries.get(entry.id) for entry in update.changed_entries}
+        update.before.update((key, entries[key]) for key in update.deleted_entry_ids)
         update.revocations = [
             value for key, value in self._revocations.items() if key not in revocations
         ]
-        update.nodes_changed = update.authorities_changed = True
+        update.changed_node_ids = [
+            key for key in nodes.keys() | self._nodes.keys() if nodes.get(key) != self.node(key)
+        ]
+        update.authorities_changed = True
         _log.warning("directory started over", sequence=self.seq)
         self._tell(update)
 
@@ -278,14 +303,15 @@ class Directory:
         entries, nodes, revocations = await self._store.read(read)
         for entry_id in entry_ids:
             entry = entries.get(entry_id)
+            update.before[entry_id] = self._entries.get(entry_id)
             self._remove_entry(entry_id)
             if entry is None:
                 update.deleted_entry_ids.append(entry_id)
             else:
                 self._put_entry(entry)
                 update.changed_entries.append(entry)
+        update.changed_node_ids = node_ids
         for spiffe_id, node in nodes.items():
-            update.nodes_changed = True
             if node is None:
                 self._nodes.pop(spiffe_id, None)
             else:
@@ -295,6 +321,7 @@ class Directory:
         update.revocations = revocations
         update.authorities_changed = Topic.AUTHORITY in keys
         self.seq = update.seq
+        self.journal.note(update.seq, update.before, update.revocations)
         self._tell(update)
 
     def _tell(self, update: Update) -> None:
