@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,6 +46,9 @@ class ConnectedProcess:
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
 
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Nothing: `is_alive` is asked at every call instead."""
+
     def close(self) -> None:
         """Give the pidfd back. Once."""
         if self.pidfd is not None:
@@ -59,9 +63,19 @@ def process_of(connection: socket.socket) -> ConnectedProcess:
     Raises:
         OSError: the connection is gone.
     """
+    who = peer_of(connection)
+    peer = LocalPeer(who.pid, who.uid, who.gid, _groups_of(connection))
+    return ConnectedProcess(peer, _pidfd_of(connection))
+
+
+def peer_of(connection: socket.socket) -> LocalPeer:
+    """Who connected, without the supplementary groups.
+
+    Raises:
+        OSError: the connection is gone.
+    """
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(raw)
-    return ConnectedProcess(LocalPeer(pid, uid, gid, _groups_of(connection)), _pidfd_of(connection))
+    return LocalPeer(*_UCRED.unpack(raw))
 
 
 def _groups_of(connection: socket.socket) -> frozenset[int]:

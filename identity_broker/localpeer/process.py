@@ -21,6 +21,7 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -56,7 +57,17 @@ class LiveProcess:
     Implements `attestors.workload.Process`.
     """
 
-    __slots__ = ("_closed", "_directory", "_ended", "_loop", "_pidfd", "_pinned", "_seen", "peer")
+    __slots__ = (
+        "_closed",
+        "_directory",
+        "_loop",
+        "_on_end",
+        "_over",
+        "_pidfd",
+        "_pinned",
+        "_seen",
+        "peer",
+    )
 
     def __init__(
         self, peer: LocalPeer, pidfd: int, directory: int, seen: _Seen, *, pinned: bool
@@ -68,7 +79,8 @@ class LiveProcess:
         self._directory = directory
         self._seen = seen
         self._closed = False
-        self._ended: asyncio.Event | None = None
+        self._over = asyncio.Event()
+        self._on_end: list[Callable[[], object]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -236,32 +248,41 @@ class LiveProcess:
         if (now.owner.uid, now.owner.gid) != (before.owner.uid, before.owner.gid):
             raise ProcessChanged(detail="another user or group since", pid=self.pid)
 
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call back once, in the running loop, when the process ends; not after `close`."""
+        if self._over.is_set():
+            asyncio.get_running_loop().call_soon(callback)
+            return
+        self._on_end.append(callback)
+        self._listen()
+
     async def ended(self) -> None:
         """Return when the process has ended, or `close` was called; any number may wait."""
-        if self._closed:
-            return
-        if self._ended is None:
-            self._ended = asyncio.Event()
-            self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._pidfd, self._tell_ended)
-        await self._ended.wait()
+        self._listen()
+        await self._over.wait()
 
     def close(self) -> None:
-        """Give the descriptors back and wake whoever waits in `ended`. Twice is harmless."""
+        """Give the descriptors back and release whoever waits in `ended`. Twice is harmless."""
         if self._closed:
             return
-        self._tell_ended()
         self._closed = True
+        self._on_end.clear()
+        self._tell_ended()
         os.close(self._pidfd)
         os.close(self._directory)
 
+    def _listen(self) -> None:
+        if self._loop is None and not self._over.is_set():
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._pidfd, self._tell_ended)
+
     def _tell_ended(self) -> None:
-        if self._loop is not None:
-            if not self._loop.is_closed():
-                self._loop.remove_reader(self._pidfd)
-            self._loop = None
-        if self._ended is not None:
-            self._ended.set()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._pidfd)
+        self._over.set()
+        for callback in self._on_end:
+            callback()
+        self._on_end.clear()
 
     def _must_be_open(self) -> None:
         if self._closed:

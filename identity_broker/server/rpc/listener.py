@@ -10,9 +10,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,8 +20,9 @@ import grpc
 
 from identity_broker.domain.caller import ListenerKind, LocalPeer
 from identity_broker.errors import ConfigError, InvariantViolated
-from identity_broker.localpeer.endpoint import MAX_PATH_BYTES, open_endpoint
-from identity_broker.localpeer.splice import DEFAULT_CONNECTIONS, Splice
+from identity_broker.localpeer.credentials import process_of
+from identity_broker.localpeer.door import Access, LocalDoor
+from identity_broker.localpeer.splice import DEFAULT_CONNECTIONS
 from identity_broker.telemetry.logs import get_logger
 
 _log = get_logger("listener")
@@ -192,12 +190,11 @@ class LocalListener:
         on_count: Callable[[int], object] = lambda _count: None,
     ) -> None:
         self._path = path
-        self._gid = gid
-        self._connections = connections
-        self._on_count = on_count
-        self._inner = path.parent / f".{path.name}"
         self._server: grpc.aio.Server | None = None
-        self._splice: Splice | None = None
+        access = Access() if gid is None else Access(mode=0o660, gid=gid)
+        self._door = LocalDoor(
+            path, identify=process_of, access=access, limit=connections, on_count=on_count
+        )
 
     @property
     def address(self) -> str:
@@ -206,9 +203,7 @@ class LocalListener:
 
     def of(self, peer: str) -> LocalPeer:
         """See `pipeline.LocalPeers`: pass this listener as `local_peers`."""
-        if self._splice is None:
-            raise InvariantViolated(detail="a call arrived before the listener started")
-        return self._splice.of(peer)
+        return self._door.of(peer).peer
 
     async def start(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Listen and serve.
@@ -216,19 +211,8 @@ class LocalListener:
         Raises:
             ConfigError: the path is too long or occupied, or a broker is live behind it.
         """
-        if self._server is not None:
-            raise InvariantViolated(detail="a listener starts once")
-        inner = self._inner / "s"
-        if len(os.fsencode(inner)) > MAX_PATH_BYTES:
-            room = MAX_PATH_BYTES - (len(os.fsencode(inner)) - len(os.fsencode(self._path)))
-            raise ConfigError(
-                f"the admin socket's path may have at most {room} bytes: {self._path}",
-                hint="set server.admin_socket to a shorter path",
-            )
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        endpoint = open_endpoint(self._path, gid=self._gid)
-        try:
-            _private_directory(self._inner)
+
+        async def serve(inner: Path) -> None:
             server = grpc.aio.server(options=_OPTIONS)
             server.add_generic_rpc_handlers(tuple(handlers))
             try:
@@ -238,44 +222,18 @@ class LocalListener:
             if bound == 0:
                 raise _cannot_bind(f"unix:{inner}", None)
             await server.start()
-        except BaseException:
-            endpoint.close()
-            raise
-        self._server = server
-        self._splice = Splice(endpoint, inner, limit=self._connections, on_count=self._on_count)
-        self._splice.start()
+            self._server = server
+
+        await self._door.open(serve)
         _log.info("listening", listener=str(self.kind), address=self.address)
 
     async def stop(self, grace: timedelta) -> None:
         """Take no new connections; let running calls end within `grace`, then cancel them."""
-        if self._splice is None or self._server is None:
+        if self._server is None:
             return
-        self._splice.stop_accepting()
+        self._door.stop_accepting()
         await self._server.stop(grace.total_seconds())
-        await self._splice.close()
-        shutil.rmtree(self._inner, ignore_errors=True)
-
-
-def _private_directory(path: Path) -> None:
-    """An empty directory that is ours alone (mode 0700).
-
-    Raises:
-        ConfigError: something else has that name, or the file system refuses.
-    """
-    try:
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError as exc:
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise ConfigError(f"{path} is in the way of the admin socket") from exc
-            path.chmod(0o700)
-            # A killed broker's: nobody listens, since the outer socket was free.
-            (path / "s").unlink(missing_ok=True)
-    except OSError as exc:
-        raise ConfigError(
-            f"the broker cannot make {path}: {(exc.strerror or str(exc)).lower()}"
-        ) from exc
+        await self._door.close()
 
 
 def _cannot_bind(address: str, cause: Exception | None) -> ConfigError:
