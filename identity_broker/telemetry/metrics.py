@@ -110,3 +110,66 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text of all metrics."""
         return generate_latest(self.registry)
+
+
+class AgentMetrics:
+    """The node agent's metrics; attributes are named like the broker's."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        # the stream from the broker
+        self.agent_connected = Gauge(
+            "idb_agent_connected", "1 while the stream to the broker stands", registry=registry
+        )
+        self.agent_revision = Gauge(
+            "idb_agent_revision", "Change feed position the agent stands at", registry=registry
+        )
+        self.agent_syncs_total = Counter(
+            "idb_agent_syncs_total",
+            "Updates from the broker, by what became of them",
+            ("reason",),
+            registry=registry,
+        )
+        # what it holds
+        self.agent_entries = Gauge(
+            "idb_agent_entries", "Entries the node may ask SVIDs for", registry=registry
+        )
+        self.agent_svids = Gauge("idb_agent_svids", "SVIDs held", ("kind",), registry=registry)
+        self.agent_overdue = Gauge(
+            "idb_agent_overdue", "X.509-SVIDs past their renewal time", registry=registry
+        )
+        # what it orders
+        self.agent_issued_total = Counter(
+            "idb_agent_issued_total", "SVIDs obtained", ("kind",), registry=registry
+        )
+        self.agent_refused_total = Counter(
+            "idb_agent_refused_total",
+            "SVIDs not obtained, by kind and reason",
+            ("kind", "reason"),
+            registry=registry,
+        )
+        self.agent_order_seconds = Histogram(
+            "idb_agent_order_seconds",
+            "Time the broker took for a batch of orders",
+            buckets=_RPC_SECONDS,
+            registry=registry,
+        )
+        # whom it serves
+        self.agent_connections = Gauge(
+            "idb_agent_connections", "Connections of workloads", registry=registry
+        )
+        self.agent_watches = Gauge(
+            "idb_agent_watches", "Streams of workloads being served", registry=registry
+        )
+        self.agent_attest_seconds = Histogram(
+            "idb_agent_attest_seconds",
+            "Time it took to attest a process",
+            buckets=_SIGNING_SECONDS,
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """The Prometheus text of all metrics."""
+        return generate_latest(self.registry)
