@@ -18,6 +18,7 @@ pytest_plugins: list[str] = [
     "support.openbao",
     "support.store",
     "support.verbs",
+    "support.workload_api",
 ]
 
 # No deadline: this machine may be busy, and a slow example is not a wrong one.

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -65,9 +65,10 @@ def status_code(error: BrokerError) -> grpc.StatusCode:
     return _CODES[error.kind]
 
 
-def abort_arguments(
-    error: BrokerError, correlation_id: str = ""
-) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+AbortArguments: TypeAlias = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
+
+
+def abort_arguments(error: BrokerError, correlation_id: str = "") -> AbortArguments:
     """What `ServicerContext.abort` takes: code, sentence, trailing metadata."""
     code = status_code(error)
     message = _bounded(error.public)

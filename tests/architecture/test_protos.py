@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 from identity_broker import errors
+from identity_broker.agent import rpc_status
 from support import repository
 
 PROTOS = repository.ROOT / "protos"
@@ -148,12 +149,32 @@ def test_every_reason_that_an_rpc_names_exists(described: list[FileDescriptorPro
     assert not unknown
 
 
+def _table_of_the_workload_api() -> dict[str, str]:
+    """Reason → code, as the agent's module says it: the standard's .proto is not ours to write."""
+    return dict(
+        re.findall(r"^    ([A-Z_]+)  +([A-Za-z]+)  ", rpc_status.__doc__ or "", re.MULTILINE)
+    )
+
+
+def test_the_reasons_of_the_workload_api_exist_and_have_the_code_they_are_said_to_have() -> None:
+    by_reason = {leaf.reason: leaf for leaf in _leaves(errors.BrokerError)}
+    said = _table_of_the_workload_api()
+    assert len(said) >= 12
+    for reason, code in said.items():
+        name = rpc_status.status_code(by_reason[reason]()).name
+        assert name.replace("_", "").lower() == code.lower(), reason
+
+
 def test_every_reason_that_the_broker_gives_is_named_by_an_rpc() -> None:
-    """A client learns from the .proto files what to expect, and from nowhere else."""
+    """A client learns from the .proto files what to expect, and from nowhere else.
+
+    But for the Workload API, which is not ours: its reasons stand in a table in the agent.
+    """
     written = "".join(p.read_text("utf-8") for p in PROTOS.glob("identity_api/**/*.proto"))
     named = {
         reason for comment in re.findall(r"// .*", written) for reason in _REASON.findall(comment)
     }
+    named |= _table_of_the_workload_api().keys()
     leaves = (leaf for leaf in _leaves(errors.BrokerError) if not leaf.__subclasses__())
     silent = {leaf.reason for leaf in leaves if leaf.__module__ == errors.__name__} - named
     # The first never crosses the wire; the second is grpc.health.v1's.

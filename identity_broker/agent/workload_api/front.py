@@ -25,7 +25,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from identity_broker.agent.identity import Caller
-from identity_broker.agent.rpc_status import CANCELLED, OK, abort_arguments
+from identity_broker.agent.rpc_status import CANCELLED, OK, AbortArguments, abort_arguments
 from identity_broker.agent.workload_api.limits import CallerLimits
 from identity_broker.domain.buckets import Buckets
 from identity_broker.errors import (
@@ -52,7 +52,6 @@ UNARY_SECONDS: Final = 30.0
 _LOG_DEPTH: Final = 20.0  # lines of one user and reason at once; then one a second
 _LEVELS: Final[Mapping[Kind, str]] = {
     Kind.DENIED: "info",  # a client that waits for its entry asks again and again
-    Kind.UNAVAILABLE: "error",
     Kind.DEADLINE: "error",
     Kind.CONFIG: "critical",
     Kind.INTERNAL: "critical",
@@ -263,9 +262,7 @@ class _Method:
             self._parts.limits.charge(caller)
             yield self._parsed(raw)
 
-    def _refused(
-        self, error: BrokerError, caller: Caller | None
-    ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    def _refused(self, error: BrokerError, caller: Caller | None) -> AbortArguments:
         """Count and log a refusal; what `abort` takes."""
         correlation_id = self._parts.correlation_id()
         self._ended.labels(self._name, error.reason).inc()

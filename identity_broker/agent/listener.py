@@ -1,0 +1,229 @@
+"""The agent's socket for workloads: anybody on this machine may connect, and is looked at.
+
+- The kernel says who connected; nothing a caller sends says anything about it (EP-9).
+- A Unix socket and nothing else: no TCP, so that nobody beyond this machine can try (EP-2), and
+  no TLS, which no workload could verify before it has a bundle (EP-5).
+- Connections, streams and message sizes are bounded before any Python runs for them.
+- What nobody serves is Unimplemented; without the security header it is InvalidArgument, like
+  everything else (EP-3).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, cast
+
+import grpc
+
+from identity_broker.agent.caller import ConnectedCaller
+from identity_broker.agent.rpc_status import abort_arguments
+from identity_broker.agent.workload_api.front import has_security_header
+from identity_broker.errors import (
+    CallerUnknown,
+    ConfigError,
+    InvariantViolated,
+    SecurityHeaderMissing,
+    Unauthenticated,
+)
+from identity_broker.localpeer.endpoint import MAX_PATH_BYTES, open_endpoint
+from identity_broker.localpeer.process import LiveProcess
+from identity_broker.localpeer.splice import Splice
+from identity_broker.telemetry.logs import get_logger
+
+_log = get_logger("listener")
+
+MAX_MESSAGE_BYTES: Final = 64 * 1024
+"""Longest request; a JWT-SVID to validate has at most 16 KiB."""
+
+CONNECTIONS: Final = 2048
+CONNECTIONS_PER_USER: Final = 1024
+STREAMS_PER_CONNECTION: Final = 100
+_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # No keepalive of ours and no end of idle connections: the kernel says when a peer is gone.
+)
+
+
+class Callers:
+    """Knows which process is behind a connection of the listener."""
+
+    def __init__(self, splice: Splice) -> None:
+        self._splice = splice
+
+    def of(self, peer: str) -> ConnectedCaller:
+        """The process behind gRPC's peer name.
+
+        Raises:
+            CallerUnknown: it has ended, or is in a PID namespace that the agent cannot see into.
+            ProcessChanged: it became another program or user while it connected.
+        """
+        try:
+            process = self._splice.process(peer)
+        except Unauthenticated as exc:
+            raise CallerUnknown(detail=exc.detail or exc.public) from exc
+        return ConnectedCaller(cast("LiveProcess", process), lambda: self._splice.drop(peer))
+
+
+class WorkloadListener:
+    """A gRPC server on a Unix socket that knows its callers.
+
+    Args:
+        path: of the socket; its directory is made (0755) if it does not exist.
+        mode: of the socket.
+        limit: most connections at a time.
+        per_uid_limit: most connections of one user.
+        on_count: told how many connections there are.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        mode: int = 0o666,
+        limit: int = CONNECTIONS,
+        per_uid_limit: int = CONNECTIONS_PER_USER,
+        on_count: Callable[[int], object] = lambda _count: None,
+    ) -> None:
+        self._path = path
+        self._mode = mode
+        self._limit = limit
+        self._per_uid_limit = per_uid_limit
+        self._on_count = on_count
+        self._inner = path.parent / f".{path.name}"
+        self._server: grpc.aio.Server | None = None
+        self._splice: Splice | None = None
+
+    @property
+    def address(self) -> str:
+        """As in SPIFFE_ENDPOINT_SOCKET: "unix:///run/…" (EP-7)."""
+        return f"unix://{self._path.absolute()}"
+
+    @property
+    def callers(self) -> Callers:
+        """Who is behind a connection; once started."""
+        if self._splice is None:
+            raise InvariantViolated(detail="a call arrived before the listener started")
+        return Callers(self._splice)
+
+    def caller_of(self, peer: str) -> ConnectedCaller:
+        """As `callers.of`; may be handed on before the listener starts."""
+        return self.callers.of(peer)
+
+    @property
+    def count(self) -> int:
+        """Connections now."""
+        return 0 if self._splice is None else self._splice.count
+
+    async def start(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Listen and serve.
+
+        Raises:
+            ConfigError: the path is too long or occupied, or an agent is live behind it.
+        """
+        if self._server is not None:
+            raise InvariantViolated(detail="a listener starts once")
+        inner = self._inner / "s"
+        if len(os.fsencode(inner)) > MAX_PATH_BYTES:
+            room = MAX_PATH_BYTES - (len(os.fsencode(inner)) - len(os.fsencode(self._path)))
+            raise ConfigError(
+                f"the Workload API's path may have at most {room} bytes: {self._path}",
+                hint="set agent.workload_api to a shorter path",
+            )
+        _public_directory(self._path.parent)
+        endpoint = open_endpoint(self._path, mode=self._mode)
+        try:
+            _private_directory(self._inner)
+            server = grpc.aio.server(options=_OPTIONS)
+            server.add_generic_rpc_handlers((*handlers, _Unknown()))
+            if server.add_insecure_port(f"unix:{inner}") == 0:
+                raise ConfigError(f"the agent cannot listen on {inner}")
+            await server.start()
+        except BaseException:
+            endpoint.close()
+            raise
+        self._server = server
+        self._splice = Splice(
+            endpoint,
+            inner,
+            limit=self._limit,
+            limit_per_uid=self._per_uid_limit,
+            identify=LiveProcess.of_connection,
+            presence=True,
+            on_count=self._on_count,
+        )
+        self._splice.start()
+        _log.info("listening", listener="workload", address=self.address)
+
+    async def stop(self, grace: timedelta) -> None:
+        """Take no new connections; let running calls end within `grace`, then cancel them."""
+        if self._splice is None or self._server is None:
+            return
+        self._splice.stop_accepting()
+        await self._server.stop(grace.total_seconds())
+        await self._splice.close()
+        shutil.rmtree(self._inner, ignore_errors=True)
+
+
+class _Unknown(grpc.GenericRpcHandler):
+    """The last one asked: what nobody serves."""
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if has_security_header(handler_call_details.invocation_metadata):
+            return None  # gRPC answers Unimplemented.
+        return grpc.stream_stream_rpc_method_handler(cast("Any", _refuse_header))
+
+
+async def _refuse_header(_messages: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(*abort_arguments(SecurityHeaderMissing()))
+
+
+def _public_directory(path: Path) -> None:
+    """A directory that anybody may enter; one that is there stays as it is.
+
+    Raises:
+        ConfigError: the file system refuses.
+    """
+    if path.is_dir():
+        return
+    try:
+        path.mkdir(parents=True)
+        path.chmod(0o755)  # Whatever the umask: workloads of every user look in here.
+    except OSError as exc:
+        raise _cannot_make(path, exc) from exc
+
+
+def _private_directory(path: Path) -> None:
+    """An empty directory that is ours alone (mode 0700).
+
+    Raises:
+        ConfigError: something else has that name, or the file system refuses.
+    """
+    try:
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError as exc:
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise ConfigError(f"{path} is in the way of the Workload API") from exc
+            path.chmod(0o700)
+            (path / "s").unlink(missing_ok=True)  # a killed agent's
+    except OSError as exc:
+        raise _cannot_make(path, exc) from exc
+
+
+def _cannot_make(path: Path, exc: OSError) -> ConfigError:
+    return ConfigError(f"the agent cannot make {path}: {(exc.strerror or str(exc)).lower()}")
