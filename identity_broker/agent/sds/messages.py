@@ -37,7 +37,7 @@ CONTROL_PLANE: Final = "identity-broker"
 PLAIN_KEY: Final = "disable_spiffe_cert_validation"
 """In the node's metadata, true: authorities without the SPIFFE validator. SPIRE's name for it."""
 CRL_KEY: Final = "certificate_revocation_lists"
-"""In the node's metadata, true: CRLs beside the authorities."""
+"""In the node's metadata, true: the own trust domain's CRLs beside its authorities."""
 _VALIDATOR: Final = "envoy.tls.cert_validator.spiffe"
 
 
@@ -156,7 +156,7 @@ def _validation_context(resource: ValidationResource) -> Any:
         context.custom_validator_config.CopyFrom(validator)
     if resource.crls:
         context.crl.CopyFrom(_inline("".join(_pem("X509 CRL", der) for der in resource.crls)))
-        # The CRLs are those of the authorities that sign SVIDs; the roots above publish none here.
+        # They are those of the authorities that sign SVIDs; the roots above publish none here.
         context.only_verify_leaf_cert_crl = True
     return context
 

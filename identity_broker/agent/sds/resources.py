@@ -33,7 +33,8 @@ class ClientWishes:
 
     Attributes:
         plain: authorities as a bare list, for a client without the SPIFFE certificate validator.
-        crls: certificate revocation lists beside the authorities.
+        crls: certificate revocation lists beside the authorities of its own trust domain. Envoy's
+            SPIFFE certificate validator passes over them in silence, so they come with a bare list.
     """
 
     plain: bool = False
@@ -112,9 +113,6 @@ def _resource(state: WorkloadState, name: str, wishes: ClientWishes) -> Resource
         return _validation(name, [state.bundle], state, wishes)
     bundles = _bundles(state)
     if name == ALL_BUNDLES:
-        # Without names of trust domains, one could speak for a member of another.
-        if wishes.plain and len(bundles) > 1:
-            return None
         return _validation(name, bundles.values(), state, wishes)
     if bundle := bundles.get(_trust_domain_named(name)):
         return _validation(name, [bundle], state, wishes)
@@ -156,8 +154,13 @@ def _validation(
     )
     if not authorities:
         return None  # Nobody is to be trusted, which no validation context can say.
-    own = str(state.bundle.trust_domain)
-    crls = state.crls if wishes.crls and own in dict(authorities) else ()
+    checked = wishes.crls and str(state.bundle.trust_domain) in dict(authorities)
+    plain = wishes.plain or checked
+    if plain and len(authorities) > 1:
+        return None  # In a bare list one trust domain could speak for a member of another.
+    crls = state.crls if checked else ()
+    if checked and not crls:
+        return None  # Rather nothing than a peer that was to be checked and is not.
     parts: list[bytes] = []
     for trust_domain, certificates in authorities:
         parts += [trust_domain.encode(), b"".join(sha256(der).digest() for der in certificates)]
@@ -165,8 +168,8 @@ def _validation(
         name=name,
         authorities=authorities,
         crls=crls,
-        plain=wishes.plain,
-        version=_version("validation", *parts, b"plain" if wishes.plain else b"", *crls),
+        plain=plain,
+        version=_version("validation", *parts, b"plain" if plain else b"", *crls),
     )
 
 
