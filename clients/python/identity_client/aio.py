@@ -6,7 +6,9 @@
 
 - Everything that only reads (`snapshot`, `status`, `x509_svid`, …) may be called from any thread
   and never blocks; everything awaited belongs to the loop that started the source.
-- An identity that was revoked or has expired is not handed out: the call raises instead.
+- An identity that was revoked, withdrawn or has expired is not handed out: the call raises instead.
+- Where it comes from makes no difference to who uses it: a broker that this process joins by
+  itself, or the Workload API of a node agent.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from spiffe import JwtSvid, SpiffeId, TrustDomain, X509Bundle, X509Svid
 
 from identity_client.attestation import CertificateAttestor, JoinTokenAttestor
 from identity_client.credential import IdentitySnapshot
 from identity_client.engine import Engine
+from identity_client.environment import any_settings_from_env
 from identity_client.errors import (
     IdentityNotReady,
     NotAuthenticated,
@@ -32,9 +35,11 @@ from identity_client.errors import (
     SourceError,
 )
 from identity_client.holder import IdentityHolder, SourceStatus, Subscriber, Unsubscribe
-from identity_client.jwt_check import verify_jwt_svid
+from identity_client.jwt_check import verify_with
 from identity_client.revocation import DenySet
-from identity_client.settings import SourceSettings, settings_from_env
+from identity_client.settings import SourceSettings
+from identity_client.workload_api.engine import WorkloadApiEngine
+from identity_client.workload_api.settings import WorkloadApiSettings
 
 __all__ = ["IdentitySource"]
 
@@ -42,13 +47,44 @@ __all__ = ["IdentitySource"]
 _HOPELESS = (NotAuthenticated, RequestRejected, SettingsInvalid)
 
 
-class IdentitySource:
-    """Obtains one SPIFFE identity from an Identity Broker and keeps it fresh."""
+class _Engine(Protocol):
+    """What fills a holder: `identity_client.engine` or `identity_client.workload_api.engine`."""
 
-    def __init__(self, settings: SourceSettings) -> None:
+    changed: asyncio.Condition
+
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
+    async def fetch_jwt_svid(self, audiences: Sequence[str]) -> JwtSvid: ...
+
+
+class IdentitySource:
+    """Obtains one SPIFFE identity and keeps it fresh."""
+
+    def __init__(self, settings: SourceSettings | WorkloadApiSettings) -> None:
         self._settings = settings
         self._holder = IdentityHolder()
-        self._engine: Engine | None = None
+        self._engine: _Engine | None = None
+
+    @classmethod
+    def from_workload_api(
+        cls,
+        endpoint: str | None = None,
+        *,
+        spiffe_id: str | SpiffeId | None = None,
+        hint: str | None = None,
+    ) -> Self:
+        """A source that asks a SPIFFE Workload API, and needs no secret at all.
+
+        Args:
+            endpoint: `unix:///absolute/path` or `tcp://IP:PORT`; None takes it from
+                SPIFFE_ENDPOINT_SOCKET.
+            spiffe_id: who to be; the first identity that is offered when None.
+            hint: take the identity with this hint.
+
+        Raises:
+            SettingsInvalid: a value cannot be used, or no endpoint is named.
+        """
+        return cls(WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint))
 
     @classmethod
     def from_join_token(
@@ -132,15 +168,18 @@ class IdentitySource:
 
     @classmethod
     def from_env(cls) -> Self:
-        """A source described by the variables `identity_client.settings.ENVIRONMENT`.
+        """A source described by environment variables.
+
+        `identity_client.settings.ENVIRONMENT` where any of them is set, else the Workload API of
+        SPIFFE_ENDPOINT_SOCKET.
 
         Raises:
             SettingsInvalid: lists every variable that is missing or contradicts another.
         """
-        return cls(settings_from_env(os.environ))
+        return cls(any_settings_from_env(os.environ))
 
     @property
-    def settings(self) -> SourceSettings:
+    def settings(self) -> SourceSettings | WorkloadApiSettings:
         """What the source was made with."""
         return self._settings
 
@@ -157,9 +196,14 @@ class IdentitySource:
             SettingsInvalid: the bundle file or the state directory cannot be used.
         """
         if self._engine is None:
-            engine = Engine(self._settings, self._holder)
+            engine = self._make_engine()
             await engine.start()
             self._engine = engine
+
+    def _make_engine(self) -> _Engine:
+        if isinstance(self._settings, WorkloadApiSettings):
+            return WorkloadApiEngine(self._settings, self._holder)
+        return Engine(self._settings, self._holder)
 
     async def close(self) -> None:
         """Ends renewal and connections; nothing is handed out any more."""
@@ -188,7 +232,7 @@ class IdentitySource:
 
         Raises:
             IdentityNotReady: not within `timeout`; the message names the last failure.
-            NotAuthenticated, RequestRejected: the broker refused and waiting would not help.
+            NotAuthenticated, RequestRejected: we were refused and waiting would not help.
         """
         await self.start()
         engine = self._running()
@@ -216,7 +260,7 @@ class IdentitySource:
         if isinstance(error, _HOPELESS) and self._holder.peek() is None:
             raise error
 
-    def _running(self) -> Engine:
+    def _running(self) -> _Engine:
         if self._engine is None:
             self._holder.snapshot()  # raises: closed, or never started
             raise SourceClosed
@@ -228,7 +272,8 @@ class IdentitySource:
         """Key, chain and bundles of one moment.
 
         Raises:
-            SourceError: IdentityNotReady, IdentityRevoked, IdentityExpired or SourceClosed.
+            SourceError: IdentityNotReady, IdentityRevoked, IdentityWithdrawn, IdentityExpired or
+                SourceClosed.
         """
         return self._holder.snapshot()
 
@@ -244,15 +289,19 @@ class IdentitySource:
             SourceError: as `snapshot`.
             ObjectNotFound: reason BUNDLE_NOT_FOUND.
         """
-        name = (
-            self._settings.trust_domain if trust_domain is None else TrustDomain(str(trust_domain))
-        )
-        return self._holder.snapshot().x509_bundle(name)
+        snapshot = self._holder.snapshot()
+        own = snapshot.bundle.trust_domain
+        return snapshot.x509_bundle(own if trust_domain is None else TrustDomain(str(trust_domain)))
 
     @property
     def denied(self) -> DenySet:
         """What was revoked and has not expired yet."""
         return self._holder.denied
+
+    @property
+    def crls(self) -> tuple[bytes, ...]:
+        """The certificate revocation lists of the Workload API, DER; empty from a broker."""
+        return self._holder.crls
 
     def status(self) -> SourceStatus:
         """The source's health; never raises."""
@@ -271,26 +320,33 @@ class IdentitySource:
     def validate_jwt_svid(self, token: str, audience: str) -> JwtSvid:
         """Verifies a JWT-SVID somebody sent us: signature, expiry, audience, revocation.
 
+        A Workload API does not say which tokens are revoked: a source of one cannot know.
+
         Raises:
             PeerRejected: reason TOKEN_REJECTED, or PEER_REVOKED for a revoked token.
             SourceError: there is no bundle to verify it with.
         """
-        bundle = self._holder.snapshot().bundle.jwt_bundle
-        return verify_jwt_svid(token, audience, bundle=bundle, denied=self._holder.denied)
+        return verify_with(self._holder.snapshot(), token, audience, denied=self._holder.denied)
 
     def subscribe(self, subscriber: Subscriber) -> Unsubscribe:
         """Calls `subscriber` with every new snapshot, on the loop's thread, until unsubscribed."""
         return self._holder.subscribe(subscriber)
 
-    async def updates(self) -> AsyncIterator[IdentitySnapshot]:
-        """The current snapshot and every later one; a slow reader skips to the newest."""
+    async def updates(self, *, crls: bool = False) -> AsyncIterator[IdentitySnapshot]:
+        """The current snapshot and every later one; a slow reader skips to the newest.
+
+        Args:
+            crls: yield the snapshot again when nothing but `self.crls` has changed.
+        """
         engine = self._running()
-        seen = 0
+        seen: tuple[int, tuple[bytes, ...]] = (0, ())
         while self._engine is engine:
             current = self._holder.peek()
-            if current is not None and current.revision > seen:
-                seen = current.revision
-                yield current
-                continue
+            if current is not None:
+                lists = self._holder.crls if crls else ()
+                if (current.revision, lists) != seen:
+                    seen = current.revision, lists
+                    yield current
+                    continue
             async with engine.changed:
                 await engine.changed.wait()

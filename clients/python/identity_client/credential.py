@@ -18,14 +18,25 @@ from types import MappingProxyType
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from spiffe import JwtBundle, SpiffeId, TrustDomain, X509Bundle, X509Svid
 
 from identity_client.errors import ObjectNotFound, PeerRejected, ProtocolViolation
 from identity_client.keys import spki_der
 from identity_client.peer import peer_from_der
+from identity_client.revocation import Issuer
 
-__all__ = ["BundleSnapshot", "IdentitySnapshot", "X509Material"]
+__all__ = [
+    "NO_FEDERATION",
+    "BundleSnapshot",
+    "Federated",
+    "IdentitySnapshot",
+    "WorkloadKey",
+    "X509Material",
+]
+
+WorkloadKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+"""The kinds of key an SVID may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,10 @@ class BundleSnapshot:
         )
 
 
+Federated = Mapping[TrustDomain, BundleSnapshot]
+NO_FEDERATION: Federated = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class X509Material:
     """An X.509-SVID with its key, checked and ready for a TLS library.
@@ -71,6 +86,8 @@ class X509Material:
         svid: py-spiffe's value: SPIFFE ID, chain (leaf first) and private key.
         serial: the leaf's serial number as the broker's ledger writes it.
         received: when it was issued to us; renewal counts from here.
+        hint: what its operator wrote about how to use it; empty for most.
+        issuer: who signed it, as revocation lists name it.
         chain_pem: the chain; public.
         key_pem: the private key, PKCS #8; secret.
     """
@@ -79,6 +96,7 @@ class X509Material:
     serial: str
     received: datetime
     hint: str = ""
+    issuer: Issuer | None = field(default=None, repr=False)
     chain_pem: bytes = field(init=False, repr=False)
     key_pem: bytes = field(init=False, repr=False)
 
@@ -96,7 +114,7 @@ class X509Material:
         cls,
         chain: Sequence[bytes],
         *,
-        private_key: ec.EllipticCurvePrivateKey,
+        private_key: WorkloadKey,
         bundle: BundleSnapshot,
         received: datetime,
         hint: str = "",
@@ -124,7 +142,7 @@ class X509Material:
             raise ProtocolViolation("the certificate is of another trust domain")
         _check_path(certificates, bundle.x509_authorities)
         svid = X509Svid(peer.spiffe_id, certificates, private_key)
-        return cls(svid=svid, serial=peer.serial, received=received, hint=hint)
+        return cls(svid=svid, serial=peer.serial, received=received, hint=hint, issuer=peer.issuer)
 
     @property
     def spiffe_id(self) -> SpiffeId:
@@ -145,12 +163,14 @@ class IdentitySnapshot:
         x509: our X.509-SVID with its key.
         bundle: our own trust domain's keys.
         revision: grows by one with every snapshot of a source.
+        federated: the keys of the trust domains ours federates with, by trust domain.
         expires_at: seconds since the epoch; when `x509` expires.
     """
 
     x509: X509Material
     bundle: BundleSnapshot
     revision: int
+    federated: Federated = field(default_factory=lambda: NO_FEDERATION)
     expires_at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -179,7 +199,25 @@ class IdentitySnapshot:
     @property
     def bundles(self) -> Mapping[TrustDomain, X509Bundle]:
         """Copies of the X.509 bundles, by trust domain."""
-        return MappingProxyType({self.bundle.trust_domain: self.bundle.x509_bundle})
+        known = (self.bundle, *self.federated.values())
+        return MappingProxyType(
+            {one.trust_domain: one.x509_bundle for one in known if one.x509_authorities}
+        )
+
+    def bundle_of(self, trust_domain: TrustDomain) -> BundleSnapshot:
+        """All keys of `trust_domain`, which is ours or federated with it.
+
+        Raises:
+            ObjectNotFound: reason BUNDLE_NOT_FOUND.
+        """
+        if trust_domain == self.bundle.trust_domain:
+            return self.bundle
+        found = self.federated.get(trust_domain)
+        if found is None:
+            raise ObjectNotFound(
+                f'no bundle of trust domain "{trust_domain}" is known', reason="BUNDLE_NOT_FOUND"
+            )
+        return found
 
     def x509_bundle(self, trust_domain: TrustDomain) -> X509Bundle:
         """The X.509 bundle of `trust_domain`.
@@ -187,18 +225,25 @@ class IdentitySnapshot:
         Raises:
             ObjectNotFound: reason BUNDLE_NOT_FOUND.
         """
-        if trust_domain != self.bundle.trust_domain:
-            raise ObjectNotFound(
-                f'no bundle of trust domain "{trust_domain}" is known', reason="BUNDLE_NOT_FOUND"
-            )
-        return self.bundle.x509_bundle
+        return self.bundle_of(trust_domain).x509_bundle
 
-    def with_bundle(self, bundle: BundleSnapshot) -> IdentitySnapshot:
-        """The next snapshot, with another bundle."""
-        return replace(self, bundle=bundle, revision=self.revision + 1)
+    def with_bundle(
+        self, bundle: BundleSnapshot, federated: Federated | None = None
+    ) -> IdentitySnapshot:
+        """The next snapshot, with other bundles; None leaves those of others as they are."""
+        federated = self.federated if federated is None else federated
+        return replace(self, bundle=bundle, federated=federated, revision=self.revision + 1)
+
+    def same_bundles(self, bundle: BundleSnapshot, federated: Federated) -> bool:
+        """Whether nothing but their sequences differs from ours."""
+        return (
+            self.bundle.same_keys(bundle)
+            and self.federated.keys() == federated.keys()
+            and all(one.same_keys(federated[name]) for name, one in self.federated.items())
+        )
 
 
-def _certifies(leaf: x509.Certificate, private_key: ec.EllipticCurvePrivateKey) -> bool:
+def _certifies(leaf: x509.Certificate, private_key: WorkloadKey) -> bool:
     try:
         return spki_der(leaf.public_key()) == spki_der(private_key.public_key())
     except (ValueError, UnsupportedAlgorithm):

@@ -25,6 +25,7 @@
     └── SourceError           this process has no identity to hand out
         ├── IdentityNotReady  … not yet
         ├── IdentityRevoked   … not any more: it was revoked
+        ├── IdentityWithdrawn … not any more: this process is not entitled to it
         ├── IdentityExpired   … it expired before it could be renewed
         └── SourceClosed      … the source was closed
 """
@@ -41,6 +42,7 @@ __all__ = [
     "IdentityExpired",
     "IdentityNotReady",
     "IdentityRevoked",
+    "IdentityWithdrawn",
     "LimitReached",
     "NotAuthenticated",
     "NotPermitted",
@@ -257,6 +259,14 @@ class IdentityRevoked(SourceError):
     default_reason = "IDENTITY_REVOKED"
     sentence = "this process's identity is revoked"
     default_hint = "idb credential list --spiffe-id ID says when and why"
+
+
+class IdentityWithdrawn(SourceError):
+    """The Workload API says that this process is not entitled to its identity any more."""
+
+    default_reason = "IDENTITY_WITHDRAWN"
+    sentence = "this process may not use its identity any more"
+    default_hint = "idb explain --pid PID says which entries this process matches"
 
 
 class IdentityExpired(SourceError):

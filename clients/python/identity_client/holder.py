@@ -2,7 +2,7 @@
 
 - One writer (the source's event loop), any number of reading threads. Readers take one reference
   to an immutable value and need no lock.
-- What has expired or was revoked is not handed out any more, whatever else fails.
+- What has expired, was revoked or was withdrawn is not handed out any more, whatever else fails.
 - A failure of a subscriber never reaches the source.
 """
 
@@ -17,15 +17,22 @@ from datetime import datetime
 from enum import StrEnum
 
 from identity_client.clock import utc_now
-from identity_client.credential import BundleSnapshot, IdentitySnapshot, X509Material
+from identity_client.credential import (
+    NO_FEDERATION,
+    BundleSnapshot,
+    Federated,
+    IdentitySnapshot,
+    X509Material,
+)
 from identity_client.errors import (
     IdentityError,
     IdentityExpired,
     IdentityNotReady,
     IdentityRevoked,
+    IdentityWithdrawn,
     SourceClosed,
 )
-from identity_client.revocation import DenySet, RevokedCredential
+from identity_client.revocation import DenySet, RevocationList, RevokedCredential
 
 __all__ = ["IdentityHolder", "SourceState", "SourceStatus", "Subscriber", "Unsubscribe"]
 
@@ -41,6 +48,7 @@ class SourceState(StrEnum):
     STARTING = "starting"  # nothing was issued yet
     READY = "ready"
     REVOKED = "revoked"  # our certificate was revoked and no other could be issued
+    WITHDRAWN = "withdrawn"  # this process is not entitled to its identity any more
     EXPIRED = "expired"  # our certificate expired before it could be renewed
     CLOSED = "closed"
 
@@ -80,7 +88,9 @@ class IdentityHolder:
         self.denied = DenySet()
         self._snapshot: IdentitySnapshot | None = None
         self._revoked = False
+        self._withdrawn: IdentityError | None = None
         self._closed = False
+        self._crls: tuple[bytes, ...] = ()
         self._failure: tuple[IdentityError, datetime, int] | None = None
         self._subscribers: tuple[Subscriber, ...] = ()
         self._pid = os.getpid()
@@ -97,6 +107,7 @@ class IdentityHolder:
         if (
             current is None
             or self._revoked
+            or self._withdrawn is not None
             or self._closed
             or time.time() >= current.expires_at
             or os.getpid() != self._pid
@@ -107,6 +118,11 @@ class IdentityHolder:
     def peek(self) -> IdentitySnapshot | None:
         """The last identity, whether or not it may still be used; None before the first."""
         return self._snapshot
+
+    @property
+    def crls(self) -> tuple[bytes, ...]:
+        """The newest certificate revocation lists, DER; empty where none are sent."""
+        return self._crls
 
     def status(self) -> SourceStatus:
         """The source's health at this moment."""
@@ -139,29 +155,49 @@ class IdentityHolder:
 
     # --- for the source ------------------------------------------------------------------------
 
-    def publish(self, material: X509Material, bundle: BundleSnapshot) -> IdentitySnapshot:
+    def publish(
+        self, material: X509Material, bundle: BundleSnapshot, federated: Federated = NO_FEDERATION
+    ) -> IdentitySnapshot:
         """A new certificate: the one assignment that readers see."""
         revision = self._snapshot.revision + 1 if self._snapshot else 1
-        fresh = IdentitySnapshot(x509=material, bundle=bundle, revision=revision)
-        self._revoked = fresh.serial in self.denied
+        fresh = IdentitySnapshot(
+            x509=material, bundle=bundle, federated=federated, revision=revision
+        )
+        self._revoked = self._is_denied(fresh)
+        self._withdrawn = None
         self._announce(fresh)
         return fresh
 
-    def publish_bundle(self, bundle: BundleSnapshot) -> None:
-        """A new bundle beside the same certificate."""
+    def publish_bundle(self, bundle: BundleSnapshot, federated: Federated = NO_FEDERATION) -> None:
+        """New bundles beside the same certificate."""
         current = self._snapshot
-        if current is not None and not current.bundle.same_keys(bundle):
-            self._announce(current.with_bundle(bundle))
+        if current is not None and not current.same_bundles(bundle, federated):
+            self._announce(current.with_bundle(bundle, federated))
 
     def revoke(self, revoked: Iterable[RevokedCredential], *, now: datetime) -> bool:
         """Denies credentials; returns whether our own certificate became one of them."""
         self.denied.add(revoked, now=now)
         current = self._snapshot
-        if current is not None and not self._revoked and current.serial in self.denied:
-            self._revoked = True
-            _logger.warning("identity revoked: %s, serial %s", current.spiffe_id, current.serial)
+        if current is not None and not self._revoked and self._is_denied(current):
+            self._note_revoked(current)
             return True
         return False
+
+    def take_lists(self, lists: Iterable[RevocationList], crls: tuple[bytes, ...]) -> None:
+        """The newest revocation lists, in place of those before; they may take our own, or not."""
+        self.denied.replace_lists(lists)
+        self._crls = crls
+        current = self._snapshot
+        if current is not None:
+            was_revoked, self._revoked = self._revoked, self._is_denied(current)
+            if self._revoked and not was_revoked:
+                self._note_revoked(current)
+
+    def withdraw(self, why: IdentityError) -> None:
+        """Hands out nothing until the next `publish`: we are not entitled to it any more."""
+        if self._withdrawn is None and self._snapshot is not None:
+            _logger.warning("identity withdrawn: %s: %s", self._snapshot.spiffe_id, why)
+        self._withdrawn = why
 
     def record_failure(self, error: IdentityError) -> None:
         """Remembers why the last attempt failed."""
@@ -178,9 +214,21 @@ class IdentityHolder:
         self._subscribers = ()
 
     @property
+    def withdrawn(self) -> bool:
+        """Whether we are not entitled to our identity any more."""
+        return self._withdrawn is not None
+
+    @property
     def revoked(self) -> bool:
         """Whether our own certificate is revoked."""
         return self._revoked
+
+    def _is_denied(self, snapshot: IdentitySnapshot) -> bool:
+        return self.denied.denies(snapshot.serial, snapshot.x509.issuer)
+
+    def _note_revoked(self, current: IdentitySnapshot) -> None:
+        self._revoked = True
+        _logger.warning("identity revoked: %s, serial %s", current.spiffe_id, current.serial)
 
     def _announce(self, snapshot: IdentitySnapshot) -> None:
         self._snapshot = snapshot
@@ -197,6 +245,8 @@ class IdentityHolder:
             return SourceState.STARTING
         if self._revoked:
             return SourceState.REVOKED
+        if self._withdrawn is not None:
+            return SourceState.WITHDRAWN
         if time.time() >= current.expires_at:
             return SourceState.EXPIRED
         return SourceState.READY
@@ -217,6 +267,10 @@ class IdentityHolder:
                 return IdentityRevoked(
                     f"the identity {name} is revoked{because}",
                     hint=f"idb credential list --spiffe-id {name} says when and why",
+                )
+            case SourceState.WITHDRAWN:
+                return IdentityWithdrawn(
+                    f"this process may not use the identity {name} any more{because}"
                 )
             case SourceState.EXPIRED:
                 return IdentityExpired(

@@ -20,7 +20,7 @@ from spiffe import SpiffeId
 
 from identity_client.errors import PeerExpired, PeerRejected, PeerRevoked, SettingsInvalid
 from identity_client.naming import parse_spiffe_id
-from identity_client.revocation import DenySet
+from identity_client.revocation import DenySet, Issuer
 
 __all__ = ["Peer", "check_current", "peer_from_der", "peer_from_pem", "serial_text"]
 
@@ -44,6 +44,7 @@ class Peer:
         trust_domain: its trust domain's name.
         serial: lower-case hexadecimal, as the broker's ledger writes it.
         expires_at: seconds since the epoch.
+        issuer: who signed it; None where that is not known.
     """
 
     spiffe_id: SpiffeId
@@ -51,6 +52,7 @@ class Peer:
     trust_domain: str = field(repr=False)
     serial: str
     expires_at: float = field(repr=False)
+    issuer: Issuer | None = field(default=None, repr=False)
 
 
 def serial_text(number: int) -> str:
@@ -91,7 +93,7 @@ def check_current(peer: Peer, denied: DenySet, *, now: float | None = None) -> N
     Raises:
         PeerRevoked, PeerExpired.
     """
-    if peer.serial in denied:
+    if denied.denies(peer.serial, peer.issuer):
         raise PeerRevoked(f'the certificate of peer "{peer.id}" is revoked')
     if (time.time() if now is None else now) >= peer.expires_at:
         raise PeerExpired(f'the certificate of peer "{peer.id}" has expired')
@@ -120,6 +122,7 @@ def _read(certificate: x509.Certificate) -> Peer:
         trust_domain=spiffe_id.trust_domain.name,
         serial=serial_text(certificate.serial_number),
         expires_at=certificate.not_valid_after_utc.timestamp(),
+        issuer=Issuer.of(certificate),
     )
 
 

@@ -29,6 +29,7 @@ from identity_client.errors import SourceClosed
 from identity_client.holder import SourceStatus, Subscriber, Unsubscribe
 from identity_client.revocation import DenySet
 from identity_client.settings import SourceSettings
+from identity_client.workload_api.settings import WorkloadApiSettings
 
 __all__ = ["IdentitySource"]
 
@@ -36,12 +37,23 @@ _T = TypeVar("_T")
 
 
 class IdentitySource:
-    """Obtains one SPIFFE identity from an Identity Broker and keeps it fresh."""
+    """Obtains one SPIFFE identity and keeps it fresh."""
 
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: SourceSettings | WorkloadApiSettings) -> None:
         self._source = aio.IdentitySource(settings)
         self._thread: _LoopThread | None = None
         self._lock = threading.Lock()
+
+    @classmethod
+    def from_workload_api(
+        cls,
+        endpoint: str | None = None,
+        *,
+        spiffe_id: str | SpiffeId | None = None,
+        hint: str | None = None,
+    ) -> Self:
+        """A source that asks a Workload API; see `aio.IdentitySource.from_workload_api`."""
+        return cls(WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint))
 
     @classmethod
     def from_join_token(
@@ -157,7 +169,8 @@ class IdentitySource:
         """Key, chain and bundles of one moment.
 
         Raises:
-            SourceError: IdentityNotReady, IdentityRevoked, IdentityExpired or SourceClosed.
+            SourceError: IdentityNotReady, IdentityRevoked, IdentityWithdrawn, IdentityExpired or
+                SourceClosed.
         """
         return self._source.snapshot()
 
@@ -180,6 +193,11 @@ class IdentitySource:
         """What was revoked and has not expired yet."""
         return self._source.denied
 
+    @property
+    def crls(self) -> tuple[bytes, ...]:
+        """The certificate revocation lists of the Workload API, DER; empty from a broker."""
+        return self._source.crls
+
     def status(self) -> SourceStatus:
         """The source's health; never raises."""
         return self._source.status()
@@ -196,6 +214,8 @@ class IdentitySource:
     def validate_jwt_svid(self, token: str, audience: str) -> JwtSvid:
         """Verifies a JWT-SVID somebody sent us: signature, expiry, audience, revocation.
 
+        A Workload API does not say which tokens are revoked: a source of one cannot know.
+
         Raises:
             PeerRejected: reason TOKEN_REJECTED, or PEER_REVOKED for a revoked token.
             SourceError: there is no bundle to verify it with.
@@ -210,12 +230,15 @@ class IdentitySource:
         """
         return self._source.subscribe(subscriber)
 
-    def updates(self) -> Iterator[IdentitySnapshot]:
+    def updates(self, *, crls: bool = False) -> Iterator[IdentitySnapshot]:
         """The current snapshot and every later one; a slow reader skips to the newest.
 
         Blocks between them; ends when the source is closed.
+
+        Args:
+            crls: yield the snapshot again when nothing but `self.crls` has changed.
         """
-        stream = self._source.updates()
+        stream = self._source.updates(crls=crls)
 
         async def following() -> IdentitySnapshot | None:
             return await anext(stream, None)

@@ -20,7 +20,13 @@ from google.rpc.status_pb2 import Status as RpcStatus
 from identity_api.broker.v1 import types_pb2
 from identity_client import errors
 
-__all__ = ["DOMAIN", "error_from_item", "error_from_rpc", "refusal_status"]
+__all__ = [
+    "DOMAIN",
+    "error_from_item",
+    "error_from_rpc",
+    "error_from_workload_api",
+    "refusal_status",
+]
 
 DOMAIN = "identity-broker"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -54,6 +60,33 @@ _BARE_REASON: dict[grpc.StatusCode, str] = {
     grpc.StatusCode.CANCELLED: "CANCELLED",
     grpc.StatusCode.UNIMPLEMENTED: "METHOD_UNKNOWN",
 }
+
+# What a Workload API's bare status means (SPIFFE Workload Endpoint, section 6 and appendix A).
+_AWAY = errors.BrokerUnavailable(
+    "the Workload API does not answer",
+    reason="WORKLOAD_API_UNREACHABLE",
+    hint="is the node agent running, and is that its socket? idb agent status",
+)
+_WORKLOAD_API: dict[grpc.StatusCode, errors.IdentityError] = {
+    grpc.StatusCode.UNAVAILABLE: _AWAY,
+    grpc.StatusCode.DEADLINE_EXCEEDED: _AWAY,
+    grpc.StatusCode.CANCELLED: _AWAY,
+    grpc.StatusCode.PERMISSION_DENIED: errors.NotPermitted(
+        "no identity is registered for this process",
+        reason="NO_IDENTITY",
+        hint="idb explain --pid PID says which entries miss, and by which selector",
+    ),
+    grpc.StatusCode.INVALID_ARGUMENT: errors.RequestRejected(
+        "the Workload API rejected the request"
+    ),
+    grpc.StatusCode.UNIMPLEMENTED: errors.RequestRejected(
+        "the Workload API does not offer this call", reason="METHOD_UNKNOWN"
+    ),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitReached(
+        "a limit of the Workload API was reached"
+    ),
+}
+_WORKLOAD_API_FAILED = errors.BrokerFailed("the Workload API failed")
 
 _CODE_OF: dict[type[errors.IdentityError], grpc.StatusCode] = {
     errors.PeerRevoked: grpc.StatusCode.UNAUTHENTICATED,
@@ -94,6 +127,25 @@ def error_from_rpc(error: grpc.RpcError) -> errors.IdentityError:
         retry_after=retry_after,
         correlation_id=info.metadata.get("correlation_id", ""),
     )
+
+
+def error_from_workload_api(error: grpc.RpcError) -> errors.IdentityError:
+    """The error a failed call of a Workload API stands for, whoever's it is.
+
+    RequestRejected must not be tried again; NotPermitted means that there is no identity for this
+    process (any more); whatever else may be tried again. Never raises.
+    """
+    if not hasattr(error, "code"):
+        return type(_AWAY).because(_AWAY)
+    call = cast("_EndedCall", error)
+    if _details(call.trailing_metadata() or ())[0] is not None:
+        return error_from_rpc(error)
+    meant = _WORKLOAD_API.get(call.code(), _WORKLOAD_API_FAILED)
+    found = type(meant).because(meant)
+    text = call.details()
+    if text:
+        found = type(meant)(f"{meant.message}: {text}", reason=meant.reason, hint=meant.hint)
+    return found
 
 
 def error_from_item(status: types_pb2.Status) -> errors.IdentityError | None:
