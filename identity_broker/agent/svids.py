@@ -299,6 +299,10 @@ class Svids:
             rank = Rank.WAITED if held is None else Rank.RENEW
             self._schedule.later(key, rank, due_tick=tick + delay.total_seconds(), due_at=None)
 
+    def discard(self, key: SvidKey) -> None:
+        """Forget an SVID and its order: its entry is gone."""
+        self._drop(key)
+
     # --- inside -------------------------------------------------------------------------------
 
     def _is_kept(self, key: SvidKey) -> bool:

@@ -113,12 +113,15 @@ class Metrics:
 
 
 class AgentMetrics:
-    """The node agent's metrics; attributes are named like the broker's."""
+    """What only the node agent measures; attributes are named like the broker's.
+
+    Args:
+        registry: of the `Metrics` that the agent counts its calls with.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()
         self.registry = registry
-        ProcessCollector(registry=registry)
         # the stream from the broker
         self.agent_connected = Gauge(
             "idb_agent_connected", "1 while the stream to the broker stands", registry=registry
@@ -169,7 +172,3 @@ class AgentMetrics:
             buckets=_SIGNING_SECONDS,
             registry=registry,
         )
-
-    def render(self) -> bytes:
-        """The Prometheus text of all metrics."""
-        return generate_latest(self.registry)
