@@ -62,6 +62,20 @@ async def test_an_intent_is_listed_before_it_has_an_outcome(store: Store) -> Non
     assert found == Credential(one, CredentialState.INTENT)
 
 
+async def test_instances_are_kept_apart(store: Store) -> None:
+    intents = [intent(instance=f"process {number}, größer") for number in range(200)]
+    plain = intent()
+    await issue(store, *intents, plain)
+    found = {one.id: one.intent.instance for one in (await listed(store))}
+    assert found == {one.id: one.instance for one in [*intents, plain]}
+    assert found[plain.id] == ""
+
+
+async def listed(store: Store) -> list[Credential]:
+    page = await store.read(lambda r: r.credentials.page(CredentialFilter(), "", 500))
+    return list(page.items)
+
+
 async def test_an_outcome_is_written_within_its_lingering_time(store: Store) -> None:
     one = intent()
     await store.ledger.intend([one])

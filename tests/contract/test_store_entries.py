@@ -24,6 +24,7 @@ from identity_broker.errors import (
     StaleWrite,
 )
 from identity_broker.store import Repositories, Store
+from identity_ca.keys import KeyAlgorithm
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from support.store import API, NOW, PARENT, SettableClock, all_pages, entry, node, put_entry
 
@@ -46,6 +47,8 @@ def full(entry_id: str = "full") -> RegistrationEntry:
         expires_at=NOW + timedelta(days=1),
         owner="payments",
         labels={"team": "pay", "env": "prod"},
+        per_process=True,
+        key_algorithm=KeyAlgorithm.RSA_2048,
     )
 
 

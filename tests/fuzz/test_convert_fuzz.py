@@ -72,6 +72,8 @@ ENTRIES = st.builds(
     expires_at=st.one_of(st.sampled_from([0, -1, 2**63 - 1, 253402300800]), NUMBERS),
     owner=TEXTS,
     labels=st.dictionaries(TEXTS, TEXTS, max_size=3),
+    per_process=st.booleans(),
+    key_algorithm=st.one_of(st.sampled_from(["", "ec-p256", "rsa-2048", "rsa-4096"]), TEXTS),
     revision=st.integers(0, 2**64 - 1),
 )
 FIELDS = st.lists(st.one_of(st.sampled_from(sorted(UPDATABLE_FIELDS)), TEXTS), max_size=4)

@@ -40,6 +40,8 @@ ENTRIES = st.builds(
     expires_at=TIMES,
     owner=TEXTS,
     labels=st.dictionaries(TEXTS, TEXTS, max_size=3),
+    per_process=st.booleans(),
+    key_algorithm=TEXTS,
     revision=st.integers(0, 2**63),
 )
 

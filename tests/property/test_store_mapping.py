@@ -18,6 +18,7 @@ from identity_broker.domain.credential import (
     RevocationReason,
 )
 from identity_broker.domain.entry import (
+    KEY_ALGORITHMS,
     MAX_JWT_TTL,
     MAX_X509_TTL,
     MIN_TTL,
@@ -87,6 +88,8 @@ entries = st.builds(
     labels=st.dictionaries(
         st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,10}", fullmatch=True), texts, max_size=4
     ).map(MappingProxyType),
+    per_process=st.booleans(),
+    key_algorithm=optional(st.sampled_from(KEY_ALGORITHMS)),
     revision=st.integers(1, 2**62),
     created_at=instants,
     updated_at=instants,
@@ -128,6 +131,7 @@ credentials = st.builds(
         not_after=instants,
         recorded_at=instants,
         correlation_id=texts,
+        instance=texts,
     ),
     state=st.sampled_from(CredentialState),
     digest=texts,

@@ -27,6 +27,8 @@ ENTRY = Entry(
     expires_at=datetime(2031, 1, 1, tzinfo=UTC),
     labels={"team": "a"},
     admin=True,
+    per_process=True,
+    key_algorithm="ec-p384",
 )
 
 

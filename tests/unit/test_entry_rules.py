@@ -11,6 +11,7 @@ from identity_broker.domain import names
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import EntryInvalid
+from identity_ca.keys import KeyAlgorithm
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 DOMAIN = TrustDomain.parse("example.org")
@@ -65,6 +66,9 @@ def test_a_plain_entry_is_fine() -> None:
         ({"labels": {"a": "\x07"}}, "label"),
         ({"labels": {f"l{n}": "" for n in range(33)}}, "labels"),
         ({"admin": True, "parent_id": names.broker_id(DOMAIN)}, "administrator"),
+        ({"per_process": True, "parent_id": names.broker_id(DOMAIN)}, "no processes"),
+        ({"key_algorithm": KeyAlgorithm.RSA_4096}, "rsa-4096"),
+        ({"key_algorithm": KeyAlgorithm.ED25519}, "ed25519"),
     ],
 )
 def test_an_entry_that_contradicts_itself_says_how(fields: dict[str, Any], says: str) -> None:
