@@ -23,16 +23,19 @@ from identity_broker.domain.selector_syntax import SelectorSyntax
 from identity_broker.errors import AuthorityUnavailable, BrokerError
 from identity_broker.lifecycle.attest import Attest
 from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
+from identity_broker.lifecycle.crl import GATHER, RevocationLists
 from identity_broker.lifecycle.directory import Directory, Update
 from identity_broker.lifecycle.issue import Issue
 from identity_broker.lifecycle.record import Record
 from identity_broker.lifecycle.revoke import Revoke
+from identity_broker.lifecycle.roster import Roster
 from identity_broker.lifecycle.rotate import (
     AuthorityPolicy,
     RotateAuthorities,
     RotateNode,
     RotateServer,
 )
+from identity_broker.lifecycle.sync import NodeSync
 from identity_broker.registry.entries import Entries
 from identity_broker.registry.nodes import Nodes
 from identity_broker.server.backends import build_attestors, build_backends
@@ -54,6 +57,7 @@ from identity_broker.server.rpc.services.credential import CredentialService
 from identity_broker.server.rpc.services.entry import EntryService
 from identity_broker.server.rpc.services.node import NodeService
 from identity_broker.server.rpc.services.node_attestation import NodeAttestationService
+from identity_broker.server.rpc.services.node_sync import NodeSyncService
 from identity_broker.server.rpc.services.svid import SvidService
 from identity_broker.server.trust import Trust
 from identity_broker.signing import Signing
@@ -66,6 +70,8 @@ _log = get_logger("broker")
 
 _10S: Final = timedelta(seconds=10)
 _30S: Final = timedelta(seconds=30)
+# A list goes to every connected node: many of them are not told of one more often than they can be.
+_LIST_PACE_OF_EACH: Final = timedelta(milliseconds=1)
 # Calls make few cycles: collect ten times less often than Python would.
 _GC_THRESHOLDS: Final = (7_000, 20, 50)
 
@@ -122,6 +128,8 @@ class Parts:
     rotate_server: RotateServer
     trust: Trust
     gate: Gate
+    revocation_lists: RevocationLists
+    node_sync: NodeSync
     services: Mapping[str, ServiceFunction]
 
 
@@ -206,6 +214,26 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     trust.publish()
     await trust.write_file()
 
+    roster = Roster(on_count=metrics.agents_connected.set)
+    revocation_lists = RevocationLists(
+        signing=signing,
+        directory=directory,
+        clock=clock,
+        pace=lambda: max(GATHER, len(roster) * _LIST_PACE_OF_EACH),
+    )
+    node_sync = NodeSync(
+        directory=directory,
+        authorize=authorize,
+        roster=roster,
+        trust_domain=trust_domain,
+        clock=clock,
+        bundle=lambda: signing.bundle,
+        lists=lambda: revocation_lists.current,
+    )
+    trust.listen(node_sync.bundle_changed)
+    trust.listen(revocation_lists.wake)
+    revocation_lists.listen(node_sync.lists_changed)
+
     entries = Entries(store, directory, trust_domain, clock)
     nodes = Nodes(store, revoke, trust_domain, clock)
     services: dict[str, ServiceFunction] = {}
@@ -222,6 +250,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         BundleService(signing, trust.listen),
         CredentialService(store, revoke, directory),
         AuthorityService(signing),
+        NodeSyncService(node_sync, roster, directory, metrics, clock),
     ):
         services.update(service.functions())
     return Parts(
@@ -242,6 +271,8 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
             is_authority=signing.is_trusted,
             admin_gid=settings.server.admin_gid,
         ),
+        revocation_lists=revocation_lists,
+        node_sync=node_sync,
         services=services,
     )
 
@@ -261,6 +292,8 @@ class Broker:
         self._rotate_server = parts.rotate_server
         self._trust = parts.trust
         self._gate = parts.gate
+        self._revocation_lists = parts.revocation_lists
+        self._node_sync = parts.node_sync
         self._services = parts.services
         self._refusals = Refusals(parts.store, parts.clock)
         self._retention = Retention(parts.store, parts.clock, parts.settings.ledger.retain_expired)
@@ -277,6 +310,7 @@ class Broker:
         """
         self._directory.listen(self._on_update)
         self._spawn(self._directory.follow())
+        self._spawn(self._revocation_lists.run())
         resources.push_async_callback(self._end_following)
         jobs = Jobs(self._job_table(), self._metrics)
         jobs.start()
@@ -340,6 +374,7 @@ class Broker:
         settings = self._settings
         return [
             Job("refusals", timedelta(seconds=1), self._refusals.flush),
+            Job("groups", timedelta(seconds=1), self._node_sync.look_at_groups),
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
             Job("bundle_file", _10S, self._trust.write_file),
@@ -431,6 +466,7 @@ class Broker:
         """Close all doors at once; running calls share one deadline."""
         self._health.set_all(False)
         self._stopping.set()
+        self._node_sync.stop()
         grace = self._settings.server.drain_timeout
         await asyncio.gather(*(stop(grace) for stop in doors))
         with suppress(BrokerError):

@@ -37,7 +37,13 @@ from identity_ca.csr import CertificateRequest, parse_csr
 from identity_ca.errors import CAError, KeyNotFound
 from identity_ca.issuer import PreparedX509, X509Credential, X509Issuer
 from identity_ca.jwt import JwtCredential, JwtIssuer, PreparedJwt
-from identity_ca.keys import KeyAlgorithm, KeyManager, key_fingerprint, spki_der
+from identity_ca.keys import (
+    KeyAlgorithm,
+    KeyManager,
+    SigningKey,
+    key_fingerprint,
+    spki_der,
+)
 from identity_ca.profile import BROKER, NODE, WORKLOAD, X509Profile
 from identity_ca.spiffe_id import TrustDomain
 from identity_ca.upstream import UpstreamAuthority
@@ -424,6 +430,26 @@ class Signing:
             trusted_ids=frozenset(authority.id for authority in x509_set.trusted),
             bundle=bundle,
         )
+
+    async def with_key(self, authority: Authority, work: Callable[[SigningKey], T]) -> T:
+        """Run `work` with the authority's private key, active or not, in a thread.
+
+        Raises:
+            AuthorityUnavailable: the key manager does not have the key (any more).
+            SigningBackendUnavailable: the key manager did not answer.
+            BrokerError: what `work` refused.
+        """
+
+        def run() -> T:
+            try:
+                key = self._keys.load(authority.key_id)
+            except KeyNotFound as error:
+                raise AuthorityUnavailable(
+                    "the key of this signing authority is lost", detail=authority.id
+                ) from error
+            return work(key)
+
+        return await self._in_thread(run)
 
     # --- dependencies -----------------------------------------------------------------------------
 

@@ -67,6 +67,22 @@ class Metrics:
             ("attestor", "reason"),
             registry=registry,
         )
+        # connected agents
+        self.agents_connected = Gauge(
+            "idb_agents_connected", "Node agents connected to this broker", registry=registry
+        )
+        self.sync_messages_total = Counter(
+            "idb_sync_messages_total", "Messages sent to node agents", registry=registry
+        )
+        self.sync_full_total = Counter(
+            "idb_sync_full_total", "Full states sent to node agents", registry=registry
+        )
+        self.sync_ack_seconds = Histogram(
+            "idb_sync_ack_seconds",
+            "Time from a message to its acknowledgement",
+            buckets=_RPC_SECONDS,
+            registry=registry,
+        )
         # the parts
         self.ledger_pending = Gauge(
             "idb_ledger_pending", "Ledger rows waiting for a commit", registry=registry

@@ -17,6 +17,7 @@ from identity_api.broker.v1 import (
     entry_pb2,
     node_attestation_pb2,
     node_pb2,
+    node_sync_pb2,
     svid_pb2,
 )
 from identity_broker.domain.caller import CallerClass
@@ -24,7 +25,7 @@ from identity_broker.server.rpc.methods import METHODS, AuditLevel
 
 FILES = (
     *(authority_pb2, bundle_pb2, credential_pb2, entry_pb2),
-    *(node_attestation_pb2, node_pb2, svid_pb2),
+    *(node_attestation_pb2, node_pb2, node_sync_pb2, svid_pb2),
 )
 PROTOS = Path(__file__).parents[2] / "protos/identity_api/broker/v1"
 _RPC = re.compile(r"((?:[ ]*//[^\n]*\n)+)[ ]*rpc (\w+)\(")

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from identity_broker.domain.caller import Caller
 
@@ -18,9 +19,13 @@ class Call:
 
     `stopping` is set when the server drains. Streams without a deadline are ended by the pipeline
     soon after; what waits for its caller to answer ends itself.
+
+    `checks` is for a stream to add to: the pipeline calls them every second, also while the stream
+    is stuck in sending, and ends it with what one of them raises.
     """
 
     method: str
     caller: Caller
     correlation_id: str
     stopping: asyncio.Event
+    checks: list[Callable[[], object]] = field(default_factory=list)

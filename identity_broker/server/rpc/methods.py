@@ -70,6 +70,7 @@ _KNOWN: Final = frozenset(
 _5S: Final = timedelta(seconds=5)
 _15S: Final = timedelta(seconds=15)
 _30S: Final = timedelta(seconds=30)
+_45S: Final = timedelta(seconds=45)  # waits up to 30 s, on request
 
 _PUBLIC_READ: Final = MethodRow(_ANYONE, _5S, RateName.READ, AuditLevel.NONE, idempotent=True)
 _PUBLIC_WATCH: Final = MethodRow(_ANYONE, None, RateName.WATCH, AuditLevel.NONE, idempotent=True)
@@ -119,6 +120,13 @@ METHODS: Final[Mapping[str, MethodRow]] = MappingProxyType(
         f"{_V1}Node/Evict": _CHANGE,
         f"{_V1}Node/CreateJoinToken": MethodRow(
             _ADMIN, _15S, RateName.WRITE, AuditLevel.CHANGES, idempotent=False
+        ),
+        # What node agents are told.
+        f"{_V1}NodeSync/Sync": MethodRow(
+            _NODE, None, RateName.WATCH, AuditLevel.REFUSALS, idempotent=True
+        ),
+        f"{_V1}NodeSync/Await": MethodRow(
+            _ADMIN, _45S, RateName.READ, AuditLevel.REFUSALS, idempotent=True
         ),
         # The trust domain's public keys.
         f"{_V1}Bundle/Get": _PUBLIC_READ,

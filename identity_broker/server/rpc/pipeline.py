@@ -320,7 +320,7 @@ class _Wrapper:
             call = self._call(caller, correlation_id)
             function = cast("StreamFunction", self._function)
             supervision = _Supervision(
-                lambda: self._authorized(self._authenticated(credential, peer)),
+                lambda: self._recheck(credential, peer, call),
                 self._parts.drain if self._endless else None,
             )
             with self._parts.limiter.stream(caller, peer) if self._endless else nullcontext():
@@ -438,6 +438,13 @@ class _Wrapper:
 
     def _authenticated(self, credential: PeerCertificate | LocalPeer | None, peer: str) -> Caller:
         return self._parts.authenticate(self._parts.listener, credential, peer)
+
+    def _recheck(
+        self, credential: PeerCertificate | LocalPeer | None, peer: str, call: Call
+    ) -> None:
+        self._authorized(self._authenticated(credential, peer))
+        for check in call.checks:
+            check()
 
     def _authorized(self, caller: Caller) -> None:
         if self._anyone or not self._row.callers.isdisjoint(caller.classes):

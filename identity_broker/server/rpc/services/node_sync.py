@@ -1,0 +1,120 @@
+"""NodeSync: one stream for each node agent, and the wait for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Final
+
+from identity_api.broker.v1 import node_sync_pb2 as pb
+from identity_broker.domain.clock import Clock
+from identity_broker.errors import BrokerError, BrokerStopping, MalformedRequest
+from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.node_stream import NodeStream
+from identity_broker.lifecycle.roster import Roster
+from identity_broker.lifecycle.sync import NodeSync
+from identity_broker.server.rpc.call import Call
+from identity_broker.server.rpc.convert import node_sync as convert
+from identity_broker.server.rpc.convert import scalars
+from identity_broker.server.rpc.pipeline import ServiceFunction
+from identity_broker.server.rpc.services.svid import calling_node
+from identity_broker.telemetry.metrics import Metrics
+
+_HELLO_SECONDS: Final = 10.0
+_RETRY_SECONDS: Final = 1.0
+_MOST_VERSION_BYTES: Final = 64
+
+
+class NodeSyncService:
+    """What node agents follow, and what operators wait for."""
+
+    def __init__(
+        self,
+        sync: NodeSync,
+        roster: Roster,
+        directory: Directory,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._sync = sync
+        self._roster = roster
+        self._directory = directory
+        self._clock = clock
+        self._messages = metrics.sync_messages_total
+        self._full = metrics.sync_full_total
+        self._ack_seconds = metrics.sync_ack_seconds
+        self._entries = convert.EntryMessages()
+
+    def functions(self) -> Mapping[str, ServiceFunction]:
+        """Full method name to service function."""
+        service = "/identity_api.broker.v1.NodeSync/"
+        return {f"{service}Sync": self.sync, f"{service}Await": self.wait}
+
+    async def sync(
+        self, requests: AsyncIterator[pb.SyncRequest], call: Call
+    ) -> AsyncIterator[pb.SyncResponse]:
+        """Send the node what it lacks, then every change that concerns it."""
+        if call.stopping.is_set():
+            raise BrokerStopping(retry_after=_RETRY_SECONDS)
+        hello = await _hello(requests)
+        stream = await self._sync.open(
+            calling_node(call),
+            convert.from_hello(hello),
+            scalars.from_text(hello.version, "hello.version", _MOST_VERSION_BYTES),
+        )
+        call.checks.append(stream.check)
+        # Beside this generator, which may be stuck in sending.
+        reading = asyncio.create_task(self._read(requests, stream), name="acks")
+        try:
+            while (news := await self._sync.next(stream)) is not None:
+                if news.full:
+                    self._full.inc()
+                for message in convert.to_sync_responses(
+                    news, self._entries, self._roster.spread, self._clock.now()
+                ):
+                    yield message
+                    stream.moved()
+                    self._messages.inc()
+        finally:
+            self._sync.close(stream)
+            reading.cancel()
+            # The iterator is in use until then, and could not be closed.
+            await asyncio.wait({reading})
+
+    async def wait(self, request: pb.AwaitNodesRequest, _call: Call) -> pb.AwaitNodesResponse:
+        """Wait until the connected nodes have applied what committed before the call."""
+        node_ids, timeout = convert.from_await(request)
+        await self._directory.sync()
+        applied = await self._roster.applied(self._directory.seq, node_ids, timeout)
+        return convert.to_applied(applied)
+
+    async def _read(self, requests: AsyncIterator[pb.SyncRequest], stream: NodeStream) -> None:
+        """Take acknowledgements until the node says no more, then end its stream."""
+        refusal: BrokerError | None = None
+        try:
+            async for request in requests:
+                if request.WhichOneof("step") != "ack":
+                    raise MalformedRequest("every message after the first must be ack")
+                for seconds in stream.acknowledge(request.ack.revision):
+                    self._ack_seconds.observe(seconds)
+                self._roster.progressed(stream)
+        except BrokerError as error:
+            refusal = error
+        finally:
+            stream.end(refusal)
+
+
+async def _hello(requests: AsyncIterator[pb.SyncRequest]) -> pb.SyncRequest.Hello:
+    """What the node says first.
+
+    Raises:
+        MalformedRequest: anything else, or nothing for a while.
+    """
+    try:
+        async with asyncio.timeout(_HELLO_SECONDS):
+            first = await anext(requests, None)
+    except TimeoutError as error:
+        raise MalformedRequest("the first message did not come in time") from error
+    if first is None or first.WhichOneof("step") != "hello":
+        raise MalformedRequest("the first message must be hello")
+    return first.hello
