@@ -10,9 +10,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import stat
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +27,9 @@ from identity_broker.errors import (
     SecurityHeaderMissing,
     Unauthenticated,
 )
-from identity_broker.localpeer.endpoint import MAX_PATH_BYTES, open_endpoint
+from identity_broker.localpeer.door import Access, LocalDoor
+from identity_broker.localpeer.endpoint import Naming
 from identity_broker.localpeer.process import LiveProcess
-from identity_broker.localpeer.splice import Splice
 from identity_broker.telemetry.logs import get_logger
 
 _log = get_logger("listener")
@@ -43,6 +40,7 @@ MAX_MESSAGE_BYTES: Final = 64 * 1024
 CONNECTIONS: Final = 2048
 CONNECTIONS_PER_USER: Final = 1024
 STREAMS_PER_CONNECTION: Final = 100
+WORKLOAD_API: Final = Naming(what="the Workload API", setting="agent.workload_api", server="agent")
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -57,10 +55,10 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
 
 
 class Callers:
-    """Knows which process is behind a connection of the listener."""
+    """Knows which process is behind a connection."""
 
-    def __init__(self, splice: Splice) -> None:
-        self._splice = splice
+    def __init__(self, door: LocalDoor[LiveProcess]) -> None:
+        self._door = door
 
     def of(self, peer: str) -> ConnectedCaller:
         """The process behind gRPC's peer name.
@@ -70,10 +68,10 @@ class Callers:
             ProcessChanged: it became another program or user while it connected.
         """
         try:
-            process = self._splice.process(peer)
+            process = self._door.of(peer)
         except Unauthenticated as exc:
             raise CallerUnknown(detail=exc.detail or exc.public) from exc
-        return ConnectedCaller(cast("LiveProcess", process), lambda: self._splice.drop(peer))
+        return ConnectedCaller(process, lambda: self._door.drop(peer))
 
 
 class WorkloadListener:
@@ -96,35 +94,28 @@ class WorkloadListener:
         per_uid_limit: int = CONNECTIONS_PER_USER,
         on_count: Callable[[int], object] = lambda _count: None,
     ) -> None:
-        self._path = path
-        self._mode = mode
-        self._limit = limit
-        self._per_uid_limit = per_uid_limit
-        self._on_count = on_count
-        self._inner = path.parent / f".{path.name}"
+        self._door = LocalDoor(
+            path.absolute(),
+            identify=LiveProcess.of_connection,
+            access=Access(mode=mode, directory_mode=0o755),
+            limit=limit,
+            limit_per_uid=per_uid_limit,
+            presence=True,
+            on_count=on_count,
+            naming=WORKLOAD_API,
+        )
         self._server: grpc.aio.Server | None = None
-        self._splice: Splice | None = None
+        self.callers: Final = Callers(self._door)
 
     @property
     def address(self) -> str:
         """As in SPIFFE_ENDPOINT_SOCKET: "unix:///run/…" (EP-7)."""
-        return f"unix://{self._path.absolute()}"
-
-    @property
-    def callers(self) -> Callers:
-        """Who is behind a connection; once started."""
-        if self._splice is None:
-            raise InvariantViolated(detail="a call arrived before the listener started")
-        return Callers(self._splice)
-
-    def caller_of(self, peer: str) -> ConnectedCaller:
-        """As `callers.of`; may be handed on before the listener starts."""
-        return self.callers.of(peer)
+        return f"unix://{self._door.path}"
 
     @property
     def count(self) -> int:
         """Connections now."""
-        return 0 if self._splice is None else self._splice.count
+        return self._door.count
 
     async def start(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Listen and serve.
@@ -134,46 +125,29 @@ class WorkloadListener:
         """
         if self._server is not None:
             raise InvariantViolated(detail="a listener starts once")
-        inner = self._inner / "s"
-        if len(os.fsencode(inner)) > MAX_PATH_BYTES:
-            room = MAX_PATH_BYTES - (len(os.fsencode(inner)) - len(os.fsencode(self._path)))
-            raise ConfigError(
-                f"the Workload API's path may have at most {room} bytes: {self._path}",
-                hint="set agent.workload_api to a shorter path",
-            )
-        _public_directory(self._path.parent)
-        endpoint = open_endpoint(self._path, mode=self._mode)
-        try:
-            _private_directory(self._inner)
-            server = grpc.aio.server(options=_OPTIONS)
-            server.add_generic_rpc_handlers((*handlers, _Unknown()))
-            if server.add_insecure_port(f"unix:{inner}") == 0:
+        server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers((*handlers, _Unknown()))
+
+        async def serve(inner: Path) -> None:
+            try:
+                bound = server.add_insecure_port(f"unix:{inner}")
+            except RuntimeError as exc:
+                raise ConfigError(f"the agent cannot listen on {inner}", detail=str(exc)) from exc
+            if not bound:
                 raise ConfigError(f"the agent cannot listen on {inner}")
             await server.start()
-        except BaseException:
-            endpoint.close()
-            raise
+
+        await self._door.open(serve)
         self._server = server
-        self._splice = Splice(
-            endpoint,
-            inner,
-            limit=self._limit,
-            limit_per_uid=self._per_uid_limit,
-            identify=LiveProcess.of_connection,
-            presence=True,
-            on_count=self._on_count,
-        )
-        self._splice.start()
         _log.info("listening", listener="workload", address=self.address)
 
     async def stop(self, grace: timedelta) -> None:
         """Take no new connections; let running calls end within `grace`, then cancel them."""
-        if self._splice is None or self._server is None:
+        if self._server is None:
             return
-        self._splice.stop_accepting()
+        self._door.stop_accepting()
         await self._server.stop(grace.total_seconds())
-        await self._splice.close()
-        shutil.rmtree(self._inner, ignore_errors=True)
+        await self._door.close()
 
 
 class _Unknown(grpc.GenericRpcHandler):
@@ -189,41 +163,3 @@ class _Unknown(grpc.GenericRpcHandler):
 
 async def _refuse_header(_messages: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     await context.abort(*abort_arguments(SecurityHeaderMissing()))
-
-
-def _public_directory(path: Path) -> None:
-    """A directory that anybody may enter; one that is there stays as it is.
-
-    Raises:
-        ConfigError: the file system refuses.
-    """
-    if path.is_dir():
-        return
-    try:
-        path.mkdir(parents=True)
-        path.chmod(0o755)  # Whatever the umask: workloads of every user look in here.
-    except OSError as exc:
-        raise _cannot_make(path, exc) from exc
-
-
-def _private_directory(path: Path) -> None:
-    """An empty directory that is ours alone (mode 0700).
-
-    Raises:
-        ConfigError: something else has that name, or the file system refuses.
-    """
-    try:
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError as exc:
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise ConfigError(f"{path} is in the way of the Workload API") from exc
-            path.chmod(0o700)
-            (path / "s").unlink(missing_ok=True)  # a killed agent's
-    except OSError as exc:
-        raise _cannot_make(path, exc) from exc
-
-
-def _cannot_make(path: Path, exc: OSError) -> ConfigError:
-    return ConfigError(f"the agent cannot make {path}: {(exc.strerror or str(exc)).lower()}")

@@ -80,7 +80,7 @@ async def served(
     metrics = Metrics()
     service = WorkloadApi(
         identities,
-        listener.caller_of,
+        listener.callers.of,
         limits=CallerLimits(limits),
         metrics=metrics,
         is_serving=is_serving,
