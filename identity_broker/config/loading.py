@@ -1,5 +1,6 @@
-"""Reads the configuration: TOML file, then IDB_… environment, then overrides; later wins.
+"""Reads a configuration, the broker's or an agent's.
 
+- TOML file, then IDB_… environment, then overrides; later wins.
 - All problems are found before the first is reported, as "source: dotted.key: rule".
 - No value is ever part of a problem: a secret under a mistyped key stays unseen.
 - Relative paths in a file are relative to that file; elsewhere to the working directory.
@@ -11,15 +12,20 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from identity_broker.config.agent_settings import (
+    AgentSettings,
+    agent_conflicts,
+    agent_with_derived,
+)
 from identity_broker.config.settings import (
     InputFile,
     Section,
@@ -33,12 +39,62 @@ ENV_PREFIX: Final = "IDB_"
 OVERRIDES: Final = "command line"
 _POSITION: Final = re.compile(r"at (line \d+, column \d+|end of document)")
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-_PLACEHOLDER: Final = {"server": {"trust_domain": "placeholder.invalid"}}
+_S = TypeVar("_S", bound=Section)
+
+
+@dataclass(frozen=True, slots=True)
+class Form(Generic[_S]):
+    """What a kind of configuration consists of, and the rules beyond its models.
+
+    Attributes:
+        root: its model; every field is a table.
+        derive: fills in the defaults that depend on other values.
+        conflicts: rules between tables that do not hold.
+        clashes: keys that may not both be written: dotted key → rule.
+        placeholders: values for required keys, so that the rest of their table can be checked.
+    """
+
+    root: type[_S]
+    derive: Callable[[Mapping[str, Any]], dict[str, Any]]
+    conflicts: Callable[[_S], Mapping[str, str]]
+    clashes: Callable[[Mapping[str, Any]], Mapping[str, str]]
+    placeholders: Mapping[str, Mapping[str, Any]]
+
+
+def _both_urls(raw: Mapping[str, Any]) -> Mapping[str, str]:
+    store = raw.get("store")
+    if isinstance(store, Mapping) and {"url", "url_file"} <= store.keys():
+        return {"store.url_file": "set either store.url or store.url_file"}
+    return {}
+
+
+BROKER: Final = Form(
+    root=Settings,
+    derive=with_derived,
+    conflicts=conflicts_between,
+    clashes=_both_urls,
+    placeholders={"server": {"trust_domain": "placeholder.invalid"}},
+)
+AGENT: Final = Form(
+    root=AgentSettings,
+    derive=agent_with_derived,
+    conflicts=agent_conflicts,
+    clashes=lambda _raw: {},
+    placeholders={
+        "agent": {"trust_domain": "placeholder.invalid"},
+        "broker": {
+            "address": "placeholder.invalid:1",
+            "bootstrap_address": "placeholder.invalid:2",
+        },
+    },
+)
 
 
 @dataclass(slots=True)
-class _Layers:
+class _Layers(Generic[_S]):
     """The merged tables, and where each key came from."""
+
+    form: Form[_S]
 
     raw: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -71,7 +127,7 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Read and check the configuration.
+    """Read and check the broker's configuration.
 
     Args:
         path: the TOML file; None reads none.
@@ -81,11 +137,38 @@ def load(
     Raises:
         ConfigError: lists every problem; `fields["problems"]` holds them one by one.
     """
-    layers = _Layers()
+    return load_form(BROKER, path, overrides, env)
+
+
+def load_agent(
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> AgentSettings:
+    """Read and check an agent's configuration; see `load`.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    return load_form(AGENT, path, overrides, env)
+
+
+def load_form(
+    form: Form[_S],
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> _S:
+    """Read and check a configuration of that form; see `load`.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    layers = _Layers(form)
     if path is not None:
         layers.default_origin = path.name
         for key, value in _leaves(_read_toml(path, layers)):
-            layers.put(key, _anchored(key, value, path.parent), path.name)
+            layers.put(key, _anchored(form.root, key, value, path.parent), path.name)
     for key, value, name in _from_env(os.environ if env is None else env):
         layers.put(key, value, name)
     for key, value in _leaves(overrides or {}):
@@ -96,7 +179,7 @@ def load(
     return settings
 
 
-def unreadable_files(settings: Settings) -> Iterator[tuple[str, str]]:
+def unreadable_files(settings: Section) -> Iterator[tuple[str, str]]:
     """The files the settings name that cannot be read: dotted key, rule."""
     for key, info, value in _fields(settings):
         if value is not None and any(isinstance(m, InputFile) for m in _metadata(info)):
@@ -116,7 +199,7 @@ def _config_error(problems: list[str]) -> ConfigError:
     )
 
 
-def _read_toml(path: Path, layers: _Layers) -> Mapping[str, Any]:
+def _read_toml(path: Path, layers: _Layers[_S]) -> Mapping[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8")
         return tomllib.loads(text)
@@ -151,16 +234,16 @@ def _from_env(env: Mapping[str, str]) -> Iterator[tuple[tuple[str, ...], str, st
                 yield key, env[name], name
 
 
-def _anchored(key: tuple[str, ...], value: Any, directory: Path) -> Any:
+def _anchored(root: type[BaseModel], key: tuple[str, ...], value: Any, directory: Path) -> Any:
     """`value` with a relative path made relative to `directory`."""
-    info = _field_at(key)
+    info = _field_at(root, key)
     if isinstance(value, str) and info is not None and _is_path(info):
         return str(directory.absolute() / value)
     return value
 
 
-def _field_at(key: tuple[str, ...]) -> FieldInfo | None:
-    model: type[BaseModel] = Settings
+def _field_at(root: type[BaseModel], key: tuple[str, ...]) -> FieldInfo | None:
+    model = root
     info: FieldInfo | None = None
     for depth, name in enumerate(key):
         info = model.model_fields.get(name)
@@ -197,40 +280,37 @@ def _fields(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo
             yield f"{prefix}{name}", info, value
 
 
-def _validated(layers: _Layers) -> Settings | None:
+def _validated(layers: _Layers[_S]) -> _S | None:
     """The settings, or None with every problem reported."""
-    _report_both_urls(layers)
+    form = layers.form
+    fields = form.root.model_fields
+    for key, rule in form.clashes(layers.raw).items():
+        layers.report(key, rule)
     for name in layers.raw:
-        if name not in Settings.model_fields:
-            layers.report(_shown((name,)), _unknown((name,)))
-    raw = with_derived({name: layers.raw.get(name, {}) for name in Settings.model_fields})
+        if name not in fields:
+            layers.report(_shown((name,)), _unknown(form.root, (name,)))
+    raw = form.derive({name: layers.raw.get(name, {}) for name in fields})
     tables: dict[str, Section] = {}
     reported: set[str] = set()
-    for name, info in Settings.model_fields.items():
+    for name, info in fields.items():
         model = info.annotation
-        assert isinstance(model, type)  # noqa: S101  # every field of Settings is a table
+        assert isinstance(model, type)  # noqa: S101  # every field of a form is a table
         assert issubclass(model, Section)  # noqa: S101
         table = _validate_table(name, model, raw[name], layers, reported)
         if table is not None:
             tables[name] = table
-    if len(tables) < len(Settings.model_fields):
+    if len(tables) < len(fields):
         return None
-    settings = Settings.model_construct(None, **tables)
-    for key, rule in [*conflicts_between(settings).items(), *unreadable_files(settings)]:
+    settings = form.root.model_construct(None, **tables)
+    for key, rule in [*form.conflicts(settings).items(), *unreadable_files(settings)]:
         # A default that stands in for a broken value must not cause a second complaint.
         if key not in reported and not any(other in rule for other in reported):
             layers.report(key, rule)
     return settings
 
 
-def _report_both_urls(layers: _Layers) -> None:
-    store = layers.raw.get("store")
-    if isinstance(store, Mapping) and {"url", "url_file"} <= store.keys():
-        layers.report("store.url_file", "set either store.url or store.url_file")
-
-
 def _validate_table(
-    name: str, model: type[Section], raw: Any, layers: _Layers, reported: set[str]
+    name: str, model: type[Section], raw: Any, layers: _Layers[_S], reported: set[str]
 ) -> Section | None:
     """The table; with its broken fields at their defaults, once those are reported."""
     try:
@@ -240,22 +320,22 @@ def _validate_table(
     repaired: dict[str, Any] = raw if isinstance(raw, dict) else {}
     for error in broken:
         path = (name, *(str(part) for part in error["loc"]))
-        path = path[: _depth(path)]
+        path = path[: _depth(layers.form.root, path)]
         key = _shown(path)
-        layers.report(key, _rule(error["type"], error["msg"], path))
+        layers.report(key, _rule(layers.form.root, error["type"], error["msg"], path))
         reported.add(key)
         repaired = _without(repaired, path[1:])
-    repaired = {**_PLACEHOLDER.get(name, {}), **repaired}
+    repaired = {**layers.form.placeholders.get(name, {}), **repaired}
     try:
-        return model.model_validate(with_derived({name: repaired})[name])
+        return model.model_validate(layers.form.derive({name: repaired})[name])
     except ValidationError:
         return None  # A table of the wrong type altogether; it is reported.
 
 
-def _depth(path: tuple[str, ...]) -> int:
+def _depth(root: type[BaseModel], path: tuple[str, ...]) -> int:
     """How much of an error's location names a key; the rest is pydantic's own."""
     for depth in range(1, len(path) + 1):
-        info = _field_at(path[:depth])
+        info = _field_at(root, path[:depth])
         if info is None:
             return depth
         if not (isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)):
@@ -278,9 +358,9 @@ def _shown(key: tuple[str, ...]) -> str:
     return ".".join(part if _KEY.fullmatch(part) else "(unprintable)" for part in key)
 
 
-def _rule(kind: str, message: str, path: tuple[str, ...]) -> str:
+def _rule(root: type[BaseModel], kind: str, message: str, path: tuple[str, ...]) -> str:
     if kind == "extra_forbidden":
-        return _unknown(path)
+        return _unknown(root, path)
     if kind == "missing":
         return f"required (or {ENV_PREFIX}{'__'.join(path).upper()})"
     if kind in {"model_type", "dict_type", "model_attributes_type"}:
@@ -289,11 +369,11 @@ def _rule(kind: str, message: str, path: tuple[str, ...]) -> str:
     return text.replace("Input should be", "must be", 1)
 
 
-def _unknown(path: tuple[str, ...]) -> str:
-    known = sorted(known_keys())
+def _unknown(root: type[BaseModel], path: tuple[str, ...]) -> str:
+    known = sorted(known_keys(root))
     spoken = _shown(path)
     same_table = [key for key in known if key.rpartition(".")[0] == spoken.rpartition(".")[0]]
-    for candidates in (same_table, known, [*Settings.model_fields]):
+    for candidates in (same_table, known, [*root.model_fields]):
         close = get_close_matches(spoken, candidates, n=1, cutoff=0.75)
         if close:
             return f'unknown key; did you mean "{close[0]}"?'
