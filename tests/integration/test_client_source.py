@@ -30,9 +30,10 @@ from identity_client import (
 )
 from identity_client.aio import IdentitySource
 from identity_client.clock import utc_now
+from identity_client.engine import Engine
 from identity_client.errors import NotAuthenticated
 from identity_client.integrations.grpc import secure_channel_aio
-from support.client import NAMES, echo_server_aio, source_arguments, until
+from support.client import NAMES, due_now, echo_server_aio, source_arguments, until
 from support.line import RunningBroker, node_id, running, settings_in
 
 WEB = "spiffe://example.org/web"
@@ -138,12 +139,14 @@ async def test_a_false_broker_never_sees_the_token(tmp_path: Path, broker: Runni
 async def test_the_certificate_is_renewed_at_half_life(broker: RunningBroker) -> None:
     async with joined(broker, "n1", "/web", entry={"x509_ttl_seconds": 60}) as source:
         first = source.snapshot()
-        due = source._engine._svid_due  # type: ignore[union-attr]
+        engine = source._engine
+        assert isinstance(engine, Engine)
+        due = engine._svid_due
         assert due is not None
         life = (first.not_after - first.x509.received).total_seconds()
         assert 0.44 < (due - first.x509.received).total_seconds() / life < 0.56
-        source._engine._svid_due = first.x509.received  # type: ignore[union-attr]
-        source._engine._wake.set()  # type: ignore[union-attr]
+        engine._svid_due = first.x509.received
+        engine._wake.set()
         await until(lambda: source.snapshot().revision > first.revision)
         second = source.snapshot()
         assert second.serial != first.serial
@@ -168,7 +171,7 @@ async def test_updates_and_subscribers_see_every_newest_snapshot(broker: Running
 
 def renew_now(source: IdentitySource) -> None:
     engine = source._engine
-    assert engine is not None
+    assert isinstance(engine, Engine)
     engine._svid_due = None
     engine._wake.set()
 
@@ -177,14 +180,11 @@ async def test_the_node_is_renewed_and_the_streams_move_over(broker: RunningBrok
     async with joined(broker, "n1", "/web") as source:
         await until(lambda: source.status().revocations_synced)
         engine = source._engine
-        assert engine is not None
-        assert engine._node is not None
-        before = engine._node.material.serial
-        engine._node = type(engine._node)(
-            engine._node.material, engine._node.material.received, engine._node.reattestable
-        )
-        engine._wake.set()
-        await until(lambda: engine._node is not None and engine._node.material.serial != before)
+        assert isinstance(engine, Engine)
+        keeper = engine._keeper
+        before = keeper.serial
+        due_now(keeper)
+        await until(lambda: keeper.serial != before)
         await asyncio.sleep(0.1)
         other = await broker.join("n2")
         await broker.entry("/other", "n2", selectors=[selector("n2")], id="other")

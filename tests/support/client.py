@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from identity_client.integrations.grpc import (
     peer_spiffe_id,
     server_credentials,
 )
+from identity_client.node import NodeKeeper
 from support.line import RunningBroker
 
 NAMES = {
@@ -112,6 +114,14 @@ def source_arguments(broker: RunningBroker) -> dict[str, Any]:
         "trust_domain": "example.org",
         "bundle_file": broker.settings.server.bundle_file,
     }
+
+
+def due_now(keeper: NodeKeeper) -> None:
+    """Makes the node's renewal due."""
+    node = keeper._node
+    assert node is not None
+    keeper._node = replace(node, due=node.material.received)
+    keeper._wake.set()
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -4,7 +4,7 @@
   stands for its SPIFFE ID. Nothing is sent before that held.
 - Two channels at most: a short-lived one for attestation, and the mTLS one that is replaced
   whenever the node's certificate or the bundle changes; calls on the old one may finish.
-- Every failure leaves as an IdentityError.
+- Every failure leaves as an IdentityError, and so does an answer that cannot be read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -28,6 +28,8 @@ from identity_api.broker.v1 import (
     entry_pb2_grpc,
     node_attestation_pb2,
     node_attestation_pb2_grpc,
+    node_sync_pb2,
+    node_sync_pb2_grpc,
     svid_pb2,
     svid_pb2_grpc,
     types_pb2,
@@ -38,18 +40,33 @@ from identity_client._wire.convert import (
     entries_from_wire,
     revocations_from_wire,
 )
-from identity_client._wire.status import error_from_item, error_from_rpc
-from identity_client.clock import utc_now
+from identity_client._wire.issued import jwts_from_wire, x509s_from_wire
+from identity_client._wire.status import error_from_rpc
+from identity_client.clock import roll, utc_now
 from identity_client.credential import BundleSnapshot, X509Material
-from identity_client.errors import BrokerUnavailable, IdentityNotReady, ProtocolViolation
+from identity_client.errors import (
+    BrokerUnavailable,
+    IdentityError,
+    IdentityNotReady,
+    ProtocolViolation,
+)
 from identity_client.keys import KeyPair
+from identity_client.node.settings import NodeSettings
+from identity_client.node.values import IssuedJwt, IssuedX509, JwtRequest, X509Request
 from identity_client.revocation import RevokedCredential
-from identity_client.settings import SourceSettings
 
-__all__ = ["REPLACED", "Attested", "BrokerLink", "RevocationUpdate"]
+__all__ = [
+    "REPLACED",
+    "Attested",
+    "BrokerLink",
+    "RevocationUpdate",
+    "SyncCall",
+    "issued_material",
+]
 
 REPLACED = "CONNECTION_REPLACED"
 _DRAIN_SECONDS = 5.0
+_MAX_RECEIVE_BYTES = 64 * 1024 * 1024
 _T = TypeVar("_T")
 
 
@@ -72,15 +89,18 @@ class RevocationUpdate:
 
 
 class BrokerLink:
-    """The connection of one source to its broker. Belongs to one event loop."""
+    """The connection of one node to its broker. Belongs to one event loop."""
 
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
         self._channel: grpc.aio.Channel | None = None
         self._draining: set[asyncio.Task[None]] = set()
 
-    async def attest(self, anchors: BundleSnapshot) -> Attested:
+    async def attest(self, roots: bytes) -> Attested:
         """Proves this machine to the broker and receives a node SVID for a fresh key.
+
+        Args:
+            roots: the CA certificates the broker is recognised by, PEM.
 
         Raises:
             IdentityError: JOIN_TOKEN_REJECTED, CHALLENGE_FAILED, NODE_BANNED, BROKER_UNREACHABLE…
@@ -91,14 +111,14 @@ class BrokerLink:
         begin = node_attestation_pb2.AttestRequest.Begin(
             attestor=attestor.name, payload=payload, csr=pair.csr()
         )
-        channel = self._secure(self._settings.bootstrap_address, anchors)
+        channel = self._secure(self._settings.bootstrap_address, roots)
         try:
             result = await _calling(self._attest_on(channel, begin, pair))
         finally:
             await channel.close()
-        bundle = bundle_from_wire(result.bundle, self._settings.trust_domain)
+        bundle = bundle_from_wire(result.bundle, self._settings.domain)
         return Attested(
-            material=_material(result.svid, pair, bundle),
+            material=issued_material(result.svid.cert_chain, pair, bundle, result.svid.hint),
             bundle=bundle,
             bundle_message=result.bundle.SerializeToString(),
             reattestable=result.reattestable,
@@ -114,7 +134,7 @@ class BrokerLink:
         stub = node_attestation_pb2_grpc.NodeAttestationStub(channel)
         call: Any = stub.Attest(timeout=self._settings.rpc_timeout)
         await _write(call, request(begin=begin))
-        async for response in call:
+        async for response in _readable(call):
             if response.HasField("result"):
                 await call.done_writing()
                 return response.result  # type: ignore[no-any-return]
@@ -122,29 +142,28 @@ class BrokerLink:
                 self._settings.attestor.respond,
                 response.challenge,
                 public_key_der=pair.public_der(),
-                trust_domain=self._settings.trust_domain.name,
+                trust_domain=self._settings.domain.name,
             )
             await _write(call, request(challenge_response=answer))
         raise ProtocolViolation("the broker ended the attestation without a result")
 
-    def connect(self, node: X509Material, bundle: BundleSnapshot) -> None:
+    def connect(self, node: X509Material, roots: bytes) -> None:
         """Uses `node` for every call from now on; calls under way may finish."""
         old, self._channel = (
             self._channel,
-            self._secure(self._settings.address, bundle, node),
+            self._secure(self._settings.address, roots, node),
         )
         if old is not None:
-            task = asyncio.get_running_loop().create_task(old.close(_DRAIN_SECONDS))
+            task = asyncio.get_running_loop().create_task(old.close(_DRAIN_SECONDS * (1 + roll())))
             self._draining.add(task)
             task.add_done_callback(self._draining.discard)
 
-    async def renew_node(self, bundle: BundleSnapshot) -> tuple[X509Material, BundleSnapshot]:
-        """A fresh SVID for the node, for a fresh key, and the bundle it leads to."""
-        pair = KeyPair()
+    async def renew_node(self, csr: bytes) -> types_pb2.X509Svid:
+        """A fresh SVID for the node, unchecked."""
         stub = node_attestation_pb2_grpc.NodeAttestationStub(self._connected())
-        request = node_attestation_pb2.RenewRequest(csr=pair.csr())
+        request = node_attestation_pb2.RenewRequest(csr=csr)
         response = await self._unary(stub.Renew, request)
-        return await self._checked(response.svid, pair, bundle)
+        return response.svid  # type: ignore[no-any-return]
 
     async def list_authorized(self, *, now: datetime) -> tuple[AuthorizedEntry, ...]:
         """The identities this machine may ask for."""
@@ -152,59 +171,53 @@ class BrokerLink:
         response = await self._unary(stub.ListAuthorized, entry_pb2.ListAuthorizedRequest())
         return entries_from_wire(response.entries, now=now)
 
-    async def issue_x509(
-        self, entry: AuthorizedEntry, bundle: BundleSnapshot
-    ) -> tuple[X509Material, BundleSnapshot]:
-        """An X.509-SVID for `entry`, for a fresh key, and the bundle it leads to."""
-        pair = KeyPair()
+    async def issue_x509(self, orders: Sequence[X509Request]) -> list[IssuedX509 | IdentityError]:
+        """X.509-SVIDs for at most 500 orders, in order, unchecked."""
         stub = svid_pb2_grpc.SvidStub(self._connected())
+        item = svid_pb2.BatchIssueX509Request.Item
         request = svid_pb2.BatchIssueX509Request(
-            items=[svid_pb2.BatchIssueX509Request.Item(entry_id=entry.id, csr=pair.csr())]
+            items=[item(entry_id=o.entry_id, csr=o.csr, instance=o.instance) for o in orders]
         )
         response = await self._unary(stub.BatchIssueX509, request)
-        result = _only_result(response.results)
-        material, bundle = await self._checked(result.svid, pair, bundle)
-        if material.spiffe_id != entry.spiffe_id:
-            raise ProtocolViolation("the broker issued another identity than was asked for")
-        return material, bundle
+        return x509s_from_wire(response.results, len(orders))
 
-    async def issue_jwt(
-        self, entry: AuthorizedEntry, audiences: Sequence[str]
-    ) -> types_pb2.JwtSvid:
-        """A JWT-SVID for `entry`."""
+    async def issue_jwt(self, orders: Sequence[JwtRequest]) -> list[IssuedJwt | IdentityError]:
+        """JWT-SVIDs for at most 500 orders, in order, unchecked."""
         stub = svid_pb2_grpc.SvidStub(self._connected())
+        item = svid_pb2.BatchIssueJwtRequest.Item
         request = svid_pb2.BatchIssueJwtRequest(
-            items=[svid_pb2.BatchIssueJwtRequest.Item(entry_id=entry.id, audiences=audiences)]
+            items=[item(entry_id=o.entry_id, audiences=o.audiences) for o in orders]
         )
         response = await self._unary(stub.BatchIssueJwt, request)
-        result = _only_result(response.results)
-        if result.svid.spiffe_id != str(entry.spiffe_id):
-            raise ProtocolViolation("the broker issued another identity than was asked for")
-        return result.svid  # type: ignore[no-any-return]
+        return jwts_from_wire(response.results, len(orders))
 
-    async def get_bundle(self) -> BundleSnapshot:
+    async def get_bundle(self) -> types_pb2.TrustBundle:
         """The trust bundle as it is now."""
         stub = bundle_pb2_grpc.BundleStub(self._connected())
         response = await self._unary(stub.Get, bundle_pb2.GetBundleRequest())
-        return bundle_from_wire(response.bundle, self._settings.trust_domain)
+        return response.bundle  # type: ignore[no-any-return]
 
-    async def watch_bundle(self) -> AsyncIterator[tuple[BundleSnapshot, bytes]]:
-        """The trust bundle now and whenever it changes, with its message for keeping."""
+    async def watch_bundle(self) -> AsyncIterator[types_pb2.TrustBundle]:
+        """The trust bundle now and whenever it changes."""
         stub = bundle_pb2_grpc.BundleStub(self._connected())
         call: Any = stub.Watch(bundle_pb2.WatchBundleRequest())
         async with _streaming(call):
-            async for response in call:
-                bundle = bundle_from_wire(response.bundle, self._settings.trust_domain)
-                yield bundle, response.bundle.SerializeToString()
+            async for response in _readable(call):
+                yield response.bundle
 
     async def watch_revocations(self) -> AsyncIterator[RevocationUpdate]:
         """Every revocation that still matters, then each new one."""
         stub = credential_pb2_grpc.CredentialStub(self._connected())
         call: Any = stub.WatchRevocations(credential_pb2.WatchRevocationsRequest())
         async with _streaming(call):
-            async for response in call:
+            async for response in _readable(call):
                 revoked = revocations_from_wire(response.revocations)
                 yield RevocationUpdate(revoked=revoked, synced=response.synced)
+
+    def sync(self) -> SyncCall:
+        """Opens the stream of changes; nothing is sent yet."""
+        stub = node_sync_pb2_grpc.NodeSyncStub(self._connected())
+        return SyncCall(stub.Sync(), self._settings.rpc_timeout)
 
     async def close(self) -> None:
         """Ends every connection."""
@@ -219,26 +232,14 @@ class BrokerLink:
             raise IdentityNotReady("this machine has not been attested yet")
         return self._channel
 
-    async def _checked(
-        self, svid: types_pb2.X509Svid, pair: KeyPair, bundle: BundleSnapshot
-    ) -> tuple[X509Material, BundleSnapshot]:
-        try:
-            return _material(svid, pair, bundle), bundle
-        except ProtocolViolation as error:
-            if error.reason != "CHAIN_UNTRUSTED":
-                raise
-            # The authority was rotated and its bundle has not reached us yet: ask for it.
-            newer = await self.get_bundle()
-            return _material(svid, pair, newer), newer
-
     async def _unary(self, method: Callable[..., Any], request: object) -> Any:
         return await _calling(method(request, timeout=self._settings.rpc_timeout))
 
     def _secure(
-        self, address: str, bundle: BundleSnapshot, node: X509Material | None = None
+        self, address: str, roots: bytes, node: X509Material | None = None
     ) -> grpc.aio.Channel:
         credentials = grpc.ssl_channel_credentials(
-            root_certificates=bundle.roots_pem,
+            root_certificates=roots,
             private_key=node.key_pem if node else None,
             certificate_chain=node.chain_pem if node else None,
         )
@@ -251,8 +252,64 @@ class BrokerLink:
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
         )
         return grpc.aio.secure_channel(address, credentials, options)
+
+
+class SyncCall:
+    """One call of NodeSync.Sync."""
+
+    def __init__(self, call: Any, timeout: float) -> None:
+        self._call = call
+        self._timeout = timeout
+
+    async def hello(self, *, resume_from: int, entries_digest: int, version: str) -> None:
+        """Sends the first message."""
+        hello = node_sync_pb2.SyncRequest.Hello(
+            resume_from=resume_from, entries_digest=entries_digest, version=version
+        )
+        await _calling(_written(self._call, node_sync_pb2.SyncRequest(hello=hello)))
+
+    async def read(self, within: float) -> node_sync_pb2.SyncResponse:
+        """The broker's next message.
+
+        Args:
+            within: seconds after which the stream counts as broken.
+
+        Raises:
+            IdentityError: the stream has ended.
+        """
+        try:
+            async with asyncio.timeout(within):
+                message = await _calling(self._call.read())
+        except TimeoutError as exc:
+            raise BrokerUnavailable(
+                f"nothing was heard from the broker for {within:g} s", reason="STREAM_SILENT"
+            ) from exc
+        if message is grpc.aio.EOF:
+            raise BrokerUnavailable("the broker ended the stream", reason="STREAM_ENDED")
+        return cast("node_sync_pb2.SyncResponse", message)
+
+    async def acknowledge(self, revision: int) -> None:
+        """Sends an acknowledgement; on a stream that has ended, does nothing."""
+        request = node_sync_pb2.SyncRequest(ack=node_sync_pb2.SyncRequest.Ack(revision=revision))
+        try:
+            async with asyncio.timeout(self._timeout):
+                await _calling(_written(self._call, request))
+        except (TimeoutError, IdentityError):
+            # Whoever reads the stream learns of it there; a broker that takes no
+            # acknowledgement for so long would let go of us anyway.
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the call."""
+        self._call.cancel()
+
+
+async def _written(call: Any, request: object) -> bool:
+    await _write(call, request)
+    return True
 
 
 async def _write(call: Any, request: object) -> None:
@@ -261,9 +318,20 @@ async def _write(call: Any, request: object) -> None:
         await call.write(request)
 
 
+async def _readable(call: Any) -> AsyncIterator[Any]:
+    async for response in call:
+        yield _read(response)
+
+
+def _read(response: Any) -> Any:
+    if response is None:  # grpc's way to say that the octets are no such message
+        raise ProtocolViolation("the broker sent a message that cannot be read")
+    return response
+
+
 async def _calling(call: Awaitable[_T]) -> _T:
     try:
-        return await call
+        return cast("_T", _read(await call))
     except grpc.RpcError as exc:
         raise error_from_rpc(exc) from exc
     except asyncio.CancelledError as exc:
@@ -296,22 +364,17 @@ def _replaced() -> BrokerUnavailable:
     return BrokerUnavailable("the connection to the broker was replaced", reason=REPLACED)
 
 
-def _only_result(results: Sequence[Any]) -> Any:
-    if len(results) != 1:
-        raise ProtocolViolation("the broker answered another number of items than was asked for")
-    error = error_from_item(results[0].status)
-    if error is not None:
-        raise error
-    return results[0]
+def issued_material(
+    chain: Sequence[bytes], pair: KeyPair, bundle: BundleSnapshot, hint: str
+) -> X509Material:
+    """A chain that was issued just now for the key of `pair`, checked.
 
-
-def _material(svid: types_pb2.X509Svid, pair: KeyPair, bundle: BundleSnapshot) -> X509Material:
+    Raises:
+        ProtocolViolation: reason CHAIN_UNTRUSTED when it does not lead to `bundle` (a newer one may
+            help), CLOCK_SKEW when it has expired already, PROTOCOL_VIOLATION for anything else.
+    """
     material = X509Material.from_chain(
-        svid.cert_chain,
-        private_key=pair.private_key,
-        bundle=bundle,
-        received=utc_now(),
-        hint=svid.hint,
+        chain, private_key=pair.private_key, bundle=bundle, received=utc_now(), hint=hint
     )
     if material.not_after <= material.received:
         raise ProtocolViolation(

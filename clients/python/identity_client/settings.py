@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from spiffe import JwtBundle, SpiffeId, TrustDomain
+from spiffe import SpiffeId, TrustDomain
 
 from identity_client.attestation import CertificateAttestor, JoinTokenAttestor, NodeAttestor
 from identity_client.credential import BundleSnapshot
 from identity_client.errors import SettingsInvalid
 from identity_client.naming import broker_id, parse_spiffe_id, parse_trust_domain, server_name
+from identity_client.node.settings import NodeSettings, parse_address
 
 __all__ = ["ENVIRONMENT", "SourceSettings", "settings_from_env"]
 
@@ -78,13 +79,25 @@ class SourceSettings:
             SettingsInvalid: a value cannot be used.
         """
         return cls(
-            address=_address(address, "address"),
-            bootstrap_address=_address(bootstrap_address, "bootstrap_address"),
+            address=parse_address(address, "address"),
+            bootstrap_address=parse_address(bootstrap_address, "bootstrap_address"),
             trust_domain=parse_trust_domain(trust_domain),
             bundle_file=Path(bundle_file),
             attestor=attestor,
             spiffe_id=None if spiffe_id is None else parse_spiffe_id(spiffe_id),
             state_dir=None if state_dir is None else Path(state_dir),
+        )
+
+    def node(self) -> NodeSettings:
+        """The part that is about this machine as a node."""
+        return NodeSettings(
+            address=self.address,
+            bootstrap_address=self.bootstrap_address,
+            trust_domain=self.trust_domain,
+            attestor=self.attestor,
+            anchors=self._bundle_pem,
+            state_dir=self.state_dir,
+            rpc_timeout=self.rpc_timeout,
         )
 
     def trust_anchors(self) -> BundleSnapshot:
@@ -93,8 +106,12 @@ class SourceSettings:
         Raises:
             SettingsInvalid: the file cannot be read, or holds no certificate.
         """
+        return self.node().read_anchors()
+
+    def _bundle_pem(self) -> bytes:
         try:
-            authorities = x509.load_pem_x509_certificates(self.bundle_file.read_bytes())
+            pem = self.bundle_file.read_bytes()
+            x509.load_pem_x509_certificates(pem)
         except OSError as exc:
             raise SettingsInvalid(
                 f'the bundle file "{self.bundle_file}" cannot be read: '
@@ -106,12 +123,7 @@ class SourceSettings:
                 f'the bundle file "{self.bundle_file}" holds no PEM certificate',
                 hint="idb bundle show --format pem writes the trust domain's bundle",
             ) from exc
-        return BundleSnapshot(
-            trust_domain=self.trust_domain,
-            x509_authorities=tuple(authorities),
-            jwt_bundle=JwtBundle(self.trust_domain, {}),
-            sequence=0,
-        )
+        return pem
 
 
 def settings_from_env(env: Mapping[str, str]) -> SourceSettings:
@@ -147,10 +159,3 @@ def settings_from_env(env: Mapping[str, str]) -> SourceSettings:
         spiffe_id=found["SPIFFE_ID"] or None,
         state_dir=found["STATE_DIR"] or None,
     )
-
-
-def _address(text: str, name: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
-        raise SettingsInvalid(f"{name} must be host:port")
-    return text
