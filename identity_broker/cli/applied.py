@@ -42,7 +42,7 @@ def wait_options(function: C) -> C:
 
 
 def wait_applied(session: Session, timeout: timedelta, named: Iterable[Entry] = ()) -> None:
-    """Wait until the change that was just made is applied, and say by how many agents.
+    """Wait until the change that was just made is applied, and say by whom.
 
     Args:
         named: entries whose parents, where they are nodes, are waited for in any case.
@@ -54,11 +54,13 @@ def wait_applied(session: Session, timeout: timedelta, named: Iterable[Entry] = 
     found = session.admin.nodes.wait_applied(nodes, timeout=timeout)
     if found.pending:
         raise _not_applied(found, timeout)
-    count = len(found.applied)
-    if count:
-        say(f"applied by {count} agent{'' if count == 1 else 's'}")
+    if nodes:
+        say(f"applied by {'its agent' if len(nodes) == 1 else f'all {len(nodes)} agents'}")
+    elif found.connected > 1:
+        say(f"all {found.connected} connected agents are up to date")
     else:
-        say(f"no agent is concerned ({found.connected} connected)")
+        connected = "the one connected agent is up to date" if found.connected else ""
+        say(connected or "no agent is connected to this broker")
 
 
 def _is_node(parent_id: str) -> bool:

@@ -48,6 +48,7 @@ _PARENT_HELP = (
 )
 
 
+_REQUIRED = {"spiffe_id": "--spiffe-id", "parent_id": "--parent", "selectors": "--selector"}
 _KEY_TYPES = ["ec-p256", "ec-p384", "rsa-2048"]
 
 
@@ -168,11 +169,10 @@ def create(
             agent = None if "parent_id" in fields else dev_agent(invocation)
             if agent is not None:
                 fields["parent_id"] = agent.node_id
-            missing = [name for name in ("spiffe_id", "parent_id") if name not in fields]
+            missing = [option for name, option in _REQUIRED.items() if name not in fields]
             if missing:
-                option = {"spiffe_id": "--spiffe-id", "parent_id": "--parent"}[missing[0]]
                 raise UsageRefused(
-                    f"an entry needs {option}",
+                    f"an entry needs {missing[0]}",
                     hint="idb entry create --spiffe-id /shop/orders --parent NODE "
                     "--selector unix:uid:1000",
                 )

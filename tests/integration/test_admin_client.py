@@ -57,7 +57,7 @@ def test_an_item_that_exists_comes_with_the_stored_one(dev_broker: DevBroker) ->
         id=name,
         spiffe_id=f"spiffe://dev.example.org/tests/{name}",
         parent_id="spiffe://dev.example.org/idb/broker",
-        selectors=("join_token:x",),
+        selectors=("join_token:name:x",),
     )
     first, second = dev_broker.admin.entries.create([entry, entry])
     assert first.error is None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from identity_broker.cli.main import run
+from identity_broker.dev.state import AgentAddresses
 from support.broker import DevBroker, Ran, run_idb
 
 Idb = Callable[..., Ran]
@@ -81,6 +83,85 @@ def test_an_entry_from_its_creation_to_its_end(idb: Idb, dev_broker: DevBroker) 
     deleted = idb("entry", "delete", name)
     assert (deleted.code, deleted.out) == (0, f"{name}\n")
     assert idb("entry", "show", name).code == 4
+
+
+def test_an_entry_asks_for_a_process_and_a_key(idb: Idb, dev_broker: DevBroker) -> None:
+    name = dev_broker.unique("keys")
+    made = idb(
+        *("entry", "create", "--id", name, "--spiffe-id", f"/tests/{name}", "--parent", name),
+        *("--selector", "unix:uid:1", "--per-process", "--key-type", "ec-p384", "-o", "json"),
+    )
+    assert made.code == 0, made.err
+    assert (made.json["per_process"], made.json["key_algorithm"]) == (True, "ec-p384")
+    shown = idb("entry", "show", name).out
+    assert "per process" in shown
+    assert "ec-p384" in shown
+    changed = idb(
+        *("entry", "update", name, "--no-per-process", "--key-type", "rsa-2048", "-o", "json")
+    ).json
+    assert (changed["per_process"], changed["key_algorithm"]) == (False, "rsa-2048")
+    kept = idb("entry", "update", name, "--owner", "team", "-o", "json").json
+    assert (kept["per_process"], kept["key_algorithm"]) == (False, "rsa-2048")
+    assert idb("entry", "update", name, "--key-type", "rsa-1024").code == 2
+
+
+def test_a_listed_entry_with_a_key_can_be_created_again(
+    idb: Idb, dev_broker: DevBroker, tmp_path: Path
+) -> None:
+    name = dev_broker.unique("again")
+    created = idb(
+        *("entry", "create", "--id", name, "--spiffe-id", f"/tests/{name}", "--parent", name),
+        *("--selector", "unix:uid:1", "--per-process", "--key-type", "ec-p256"),
+    )
+    assert created.code == 0, created.err
+    listed = idb("entry", "list", "--spiffe-id", f"/tests/{name}", "-o", "json")
+    file = tmp_path / "entries.json"
+    file.write_text(listed.out)
+    assert idb("entry", "delete", name).code == 0
+    assert idb("entry", "create", "--file", str(file)).code == 0
+    found = idb("entry", "show", name, "-o", "json").json
+    assert (found["per_process"], found["key_algorithm"]) == (True, "ec-p256")
+
+
+@pytest.mark.parametrize(
+    ("selector", "hint"),
+    [
+        ("unix:uuid:1000", 'did you mean "unix:uid:1000"?'),
+        ("systemd:id:orders", 'did you mean "systemd:id:orders.service"?'),
+        ("k8s:ns:default", "entries.selector_types"),
+    ],
+)
+def test_a_selector_nobody_vouches_for(
+    idb: Idb, dev_broker: DevBroker, selector: str, hint: str
+) -> None:
+    name = dev_broker.unique("slip")
+    refused = idb(
+        *("entry", "create", "--id", name, "--spiffe-id", f"/tests/{name}", "--parent", name),
+        *("--selector", selector, "-o", "json"),
+    )
+    assert refused.code == 2
+    assert refused.error["reason"] == "ENTRY_INVALID"
+    assert hint in refused.error["hint"]
+
+
+def test_the_parent_may_be_left_out_where_idb_dev_runs_an_agent(
+    dev_broker: DevBroker, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name = dev_broker.unique("agent")
+    node = f"spiffe://dev.example.org/idb/node/join_token/{name}"
+    agent = AgentAddresses(admin_socket=str(tmp_path / "agent.sock"), node_id=node)
+    replace(dev_broker.state, workload_api="unix:///none", agent=agent).write(tmp_path)
+    described = [
+        *("entry", "create", "--spiffe-id", f"/tests/{name}", "--selector", "unix:uid:1"),
+        *("-o", "json"),
+    ]
+    assert run(["--dir", str(tmp_path), *described]) == 0
+    assert json.loads(capsys.readouterr().out)["parent_id"] == node
+    # What is named wins, and another broker has no such agent.
+    assert run(["--dir", str(tmp_path), *described, "--parent", "other"]) == 0
+    assert json.loads(capsys.readouterr().out)["parent_id"].endswith("/join_token/other")
+    assert run(["--socket", dev_broker.state.broker.admin_socket, *described]) == 2
+    assert "an entry needs --parent" in capsys.readouterr().err
 
 
 def test_stale_update(idb: Idb, entry: dict[str, object]) -> None:
@@ -418,7 +499,7 @@ def test_standard_input_as_a_file(dev_broker: DevBroker) -> None:
     item = {
         "spiffe_id": f"spiffe://dev.example.org/tests/{name}",
         "parent_id": "spiffe://dev.example.org/idb/broker",
-        "selectors": ["join_token:x"],
+        "selectors": ["join_token:name:x"],
     }
     done = dev_broker.idb("entry", "create", "--file", "-", "-o", "json", stdin=json.dumps([item]))
     assert done.code == 0, done.err
