@@ -110,6 +110,15 @@ class Mirror:
 
     # --- what it says -------------------------------------------------------------------------
 
+    def __len__(self) -> int:
+        """Entries, expired ones included."""
+        return len(self._index)
+
+    @property
+    def revision(self) -> int:
+        """The change feed's position it stands at."""
+        return self._revision
+
     @property
     def synced(self) -> bool:
         """Whether the broker ever told the full state (and did not take it back)."""

@@ -42,6 +42,7 @@ class Renewals:
     """The loop that orders X.509-SVIDs.
 
     Args:
+        woken: set when something was planned.
         on_change: told whose SVID is there, was replaced or could not be had.
     """
 
@@ -53,6 +54,7 @@ class Renewals:
         svids: Svids,
         clock: Clock,
         metrics: AgentMetrics,
+        woken: asyncio.Event,
         on_change: Callable[[Collection[SvidKey]], None],
     ) -> None:
         self._node = node
@@ -61,7 +63,7 @@ class Renewals:
         self._clock = clock
         self._metrics = metrics
         self._on_change = on_change
-        self._woken = asyncio.Event()
+        self._woken = woken
         self._flights: set[asyncio.Task[None]] = set()
         self._outages = 0
         self._not_before = 0.0
