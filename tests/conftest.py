@@ -19,6 +19,7 @@ pytest_plugins: list[str] = [
     "support.store",
     "support.verbs",
     "support.workload_api",
+    "support.sds",  # after what it imports, whose asserts pytest rewrites first
 ]
 
 # No deadline: this machine may be busy, and a slow example is not a wrong one.
