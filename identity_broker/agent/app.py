@@ -62,11 +62,13 @@ async def run_agent(
     ready: Callable[[AgentAddresses], None] | None = None,
     stop: asyncio.Event | None = None,
     clock: Clock | None = None,
+    made: Callable[[Agent], None] | None = None,
 ) -> None:
     """Run an agent until `stop` is set (or the task is cancelled).
 
     Args:
         ready: called once, when both sockets are bound.
+        made: given the agent before it starts; for whoever runs it in a process of their own.
 
     Raises:
         ConfigError: a socket cannot be opened.
@@ -75,6 +77,8 @@ async def run_agent(
     stop = stop or asyncio.Event()
     async with AsyncExitStack() as resources:
         agent = Agent(settings, clock or SystemClock())
+        if made is not None:
+            made(agent)
         addresses = await agent.serve(resources)
         if ready is not None:
             ready(addresses)
