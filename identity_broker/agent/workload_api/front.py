@@ -49,9 +49,11 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 UNARY_SECONDS: Final = 30.0
+_HELD_UP_SECONDS: Final = 10.0
 _LOG_DEPTH: Final = 20.0  # lines of one user and reason at once; then one a second
 _LEVELS: Final[Mapping[Kind, str]] = {
     Kind.DENIED: "info",  # a client that waits for its entry asks again and again
+    Kind.UNAUTHENTICATED: "info",  # processes end
     Kind.DEADLINE: "error",
     Kind.CONFIG: "critical",
     Kind.INTERNAL: "critical",
@@ -215,6 +217,7 @@ class _Method:
     ) -> None:
         parts = self._parts
         caller: Caller | None = None
+        writing = False
         self._open.inc()
         try:
             caller = parts.begun(context)
@@ -228,7 +231,9 @@ class _Method:
                     async for answer in answers:
                         # The answer may have waited for a slow reader.
                         caller.check()
+                        writing = True
                         await context.write(answer.SerializeToString())
+                        writing = False
         except BrokerError as exc:
             error = exc
         except asyncio.CancelledError:
@@ -245,7 +250,12 @@ class _Method:
             return
         finally:
             self._open.dec()
-        await context.abort(*self._refused(error, caller))
+        told = self._refused(error, caller)
+        if writing:
+            # The peer does not read, and gRPC takes nothing more before it does: no last word.
+            # The connection's end, or the server's, ends this call.
+            await asyncio.sleep(_HELD_UP_SECONDS)
+        await context.abort(*told)
 
     def _parsed(self, raw: bytes) -> Message:
         try:
