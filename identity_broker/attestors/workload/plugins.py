@@ -1,0 +1,112 @@
+"""Workload attestors as plugins: found by name, imported only when the agent enables them.
+
+- A plugin is an entry point of the group `identity_broker.workload_attestors` that names a
+  `WorkloadAttestorPlugin`.
+- A built-in name cannot be taken by another package, and a name has one provider.
+- A plugin that cannot be loaded or configured is a ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from identity_broker.attestors.workload import WorkloadAttestor
+from identity_broker.errors import ConfigError
+
+GROUP: Final = "identity_broker.workload_attestors"
+BUILT_IN: Final[Mapping[str, str]] = {
+    "unix": "identity_broker.attestors.workload.unix:PLUGIN",
+    "systemd": "identity_broker.attestors.workload.systemd:PLUGIN",
+    "docker": "identity_broker.attestors.workload.docker:PLUGIN",
+}
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadAttestorPlugin:
+    """One kind of workload attestor.
+
+    Attributes:
+        name: what the configuration calls it, and the type of its selectors.
+        build: makes its attestors from its own table of the configuration; raises ConfigError. More
+            than one where a slow part must not hold up the others; all are called `name`.
+    """
+
+    name: str
+    build: Callable[[Mapping[str, Any]], Sequence[WorkloadAttestor]]
+
+
+def build_attestors(name: str, table: Mapping[str, Any]) -> tuple[WorkloadAttestor, ...]:
+    """Load the plugin of that name and build its attestors.
+
+    Raises:
+        ConfigError: there is none, or several, or it cannot be loaded or configured.
+    """
+    plugin = _load(_entry_point(name))
+    if plugin.name != name:
+        raise ConfigError(f'the workload attestor plugin "{name}" calls itself "{plugin.name}"')
+    attestors = tuple(plugin.build(table))
+    if strangers := {attestor.name for attestor in attestors} - {name}:
+        raise ConfigError(
+            f'the workload attestor plugin "{name}" vouches for "{min(strangers)}"',
+            hint="selectors are of the type that the plugin is named by",
+        )
+    return attestors
+
+
+def options_of(model: type[Options], name: str, table: Mapping[str, Any]) -> Options:
+    """Read an attestor's own table of the configuration.
+
+    Raises:
+        ConfigError: says which keys are wrong, never their values.
+    """
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as exc:
+        problems = [
+            f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+            for error in exc.errors(include_input=False, include_url=False)
+        ]
+        raise ConfigError(
+            f'the workload attestor "{name}" cannot be configured: {"; ".join(problems)}'
+        ) from exc
+
+
+def _entry_point(name: str) -> EntryPoint:
+    found = set(entry_points(group=GROUP, name=name))
+    if name in BUILT_IN:
+        # By its value: an editable checkout and an installed wheel may both list ours.
+        ours = EntryPoint(name, BUILT_IN[name], GROUP)
+        strangers = {point.value for point in found} - {ours.value}
+        if strangers:
+            raise ConfigError(
+                f'another package offers a workload attestor "{name}", which is built in',
+                hint=f"uninstall the package that provides {min(strangers)}",
+            )
+        return ours
+    if not found:
+        raise ConfigError(
+            f'no installed package offers the workload attestor "{name}"',
+            hint=f"built in: {', '.join(sorted(BUILT_IN))}",
+        )
+    if len({point.value for point in found}) > 1:
+        raise ConfigError(f'several installed packages offer the workload attestor "{name}"')
+    return found.pop()
+
+
+def _load(point: EntryPoint) -> WorkloadAttestorPlugin:
+    try:
+        plugin = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f'the workload attestor plugin "{point.name}" cannot be loaded', detail=str(error)
+        ) from error
+    if not isinstance(plugin, WorkloadAttestorPlugin):
+        raise ConfigError(f'"{point.value}" is not a WorkloadAttestorPlugin')
+    return plugin
