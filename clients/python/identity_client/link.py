@@ -265,11 +265,20 @@ class SyncCall:
         self._timeout = timeout
 
     async def hello(self, *, resume_from: int, entries_digest: int, version: str) -> None:
-        """Sends the first message."""
+        """Sends the first message; why it could not be sent, `read` says."""
         hello = node_sync_pb2.SyncRequest.Hello(
             resume_from=resume_from, entries_digest=entries_digest, version=version
         )
-        await _calling(_written(self._call, node_sync_pb2.SyncRequest(hello=hello)))
+        request = node_sync_pb2.SyncRequest(hello=hello)
+        writing = asyncio.ensure_future(_write(self._call, request))
+        # A write to a call that ends before it has begun waits for ever.
+        self._call.add_done_callback(lambda _: writing.cancel())
+        try:
+            await asyncio.wait({writing})
+        finally:
+            writing.cancel()
+        if not writing.cancelled():
+            writing.exception()  # Seen.
 
     async def read(self, within: float) -> node_sync_pb2.SyncResponse:
         """The broker's next message.

@@ -44,7 +44,7 @@ class UpdateReader:
 
     Args:
         domain: the trust domain everything must be of.
-        position: the revision the stream was opened at.
+        position: the revision the stream was opened at; 0 when it was to begin with the full state.
         acknowledge: sends an acknowledgement on this stream.
     """
 
@@ -56,7 +56,7 @@ class UpdateReader:
     ) -> None:
         self._domain = domain
         self._prefix = f"spiffe://{domain.name}"
-        self._at = position
+        self._at = position or None
         self._acknowledge = acknowledge
         self._joined: _Joined | None = None
 
@@ -69,10 +69,10 @@ class UpdateReader:
         """
         joined = self._joined
         if joined is None or (message.full and not joined.full):
-            if not message.full and (message.previous != self._at or not self._at):
+            if not message.full and message.previous != self._at:
                 raise ProtocolViolation(
                     f"the broker's changes begin at revision {message.previous}, "
-                    f"and this node stands at {self._at}",
+                    f"and this node stands at {self._at or 'nothing'}",
                     reason=SYNC_GAP,
                 )
             joined = _Joined(full=message.full, previous=message.previous)
@@ -103,7 +103,7 @@ class UpdateReader:
             joined.crls = tuple(message.lists.crls)
 
     def _finished(self, joined: _Joined, last: node_sync_pb2.SyncResponse) -> SyncUpdate:
-        if not joined.full and last.revision < self._at:
+        if not joined.full and last.revision < joined.previous:
             raise ProtocolViolation("the broker's revision went backwards", reason=SYNC_GAP)
         if joined.full and joined.bundle is None:
             raise ProtocolViolation("the broker's full state lacks the bundle")
