@@ -347,7 +347,8 @@ async def test_streams_and_requests_of_a_process_are_bounded(
                 await flooding.answer("default")
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 break
-        assert refused_as(await refusal(flooding.call)) == (UNAVAILABLE, "RATE_LIMITED")
+        await refusal(flooding.call)  # gRPC's client may say Internal where it still wrote
+        assert secrets.counted("StreamSecrets", "RATE_LIMITED") == 2
         secrets.identities.rotate()
         for stream in streams:
             assert (await stream.read()).keys() == {"default"}

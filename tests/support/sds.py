@@ -18,8 +18,9 @@ from envoy.service.secret.v3 import sds_pb2_grpc
 
 from identity_broker.agent.identity import Caller
 from identity_broker.agent.sds.messages import TYPE_URL
-from identity_broker.agent.sds.service import SecretDiscovery
+from identity_broker.agent.sds.service import SERVICE_NAME, SecretDiscovery
 from identity_broker.agent.workload_api.limits import CallerLimits, Limits
+from identity_broker.telemetry.metrics import Metrics
 from support.workload_api import ServedWorkloadApi, served
 from support.workload_identities import FakeIdentities
 
@@ -31,6 +32,7 @@ class ServedSecrets:
     identities: FakeIdentities
     api: ServedWorkloadApi
     service: SecretDiscovery
+    metrics: Metrics
 
     @property
     def socket(self) -> str:
@@ -39,6 +41,10 @@ class ServedSecrets:
     def stub(self) -> Any:
         """The service's calls, on a connection of their own."""
         return sds_pb2_grpc.SecretDiscoveryServiceStub(self.api.channel())
+
+    def counted(self, method: str, reason: str) -> int:
+        """Calls that ended so."""
+        return self.metrics.rpc_total.labels(f"/{SERVICE_NAME}/{method}", reason).value
 
     async def quiet(self, *, streams: int = 0) -> None:
         """Wait until that many streams are served.
@@ -62,11 +68,12 @@ async def secrets_served(
     def caller_of(peer: str) -> Caller:
         return started[0].listener.callers.of(peer)
 
-    service = SecretDiscovery(identities, caller_of, limits=CallerLimits(limits))
+    metrics = Metrics()
+    service = SecretDiscovery(identities, caller_of, limits=CallerLimits(limits), metrics=metrics)
     async with served(directory, identities, handlers=service.handlers()) as api:
         started.append(api)
         try:
-            yield ServedSecrets(identities, api, service)
+            yield ServedSecrets(identities, api, service, metrics)
         finally:
             service.end_streams()
 
