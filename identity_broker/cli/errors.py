@@ -59,3 +59,11 @@ class NotReady(BrokerError):
     kind = Kind.UNAVAILABLE
     reason = "DOCTOR_FOUND_FAILURES"
     sentence = "something keeps the broker from working"
+
+
+class HookFailed(BrokerError):
+    """A program that was to be told of a change did not end well."""
+
+    kind = Kind.UNAVAILABLE
+    reason = "HOOK_FAILED"
+    sentence = "the command to run after a change failed"

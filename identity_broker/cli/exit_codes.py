@@ -69,6 +69,7 @@ BY_CLIENT_ERROR: Mapping[str, ExitCode] = MappingProxyType(
         "NotPermitted": ExitCode.DENIED,
         "PeerRejected": ExitCode.DENIED,
         "IdentityRevoked": ExitCode.DENIED,
+        "IdentityWithdrawn": ExitCode.DENIED,
         "IdentityExpired": ExitCode.DENIED,
         "ObjectNotFound": ExitCode.NOT_FOUND,
         "Conflict": ExitCode.CONFLICT,

@@ -61,18 +61,5 @@ def write_secret(path: Path, text: str) -> None:
         raise FileUnusable(f'"{path}" cannot be written: {_why(exc)}') from exc
 
 
-def write_public(path: Path, content: bytes) -> None:
-    """Write a file anybody may read.
-
-    Raises:
-        FileUnusable: it cannot be written.
-    """
-    try:
-        write_private(path, content.decode())
-        path.chmod(0o644)
-    except OSError as exc:
-        raise FileUnusable(f'"{path}" cannot be written: {_why(exc)}') from exc
-
-
 def _why(error: OSError) -> str:
     return (error.strerror or "unknown reason").lower()

@@ -1,29 +1,34 @@
 """`idb svid`: fetch, show and verify SVIDs.
 
-- `fetch` is a node of its own: it makes its key here, and only certificates travel.
+- `fetch` asks a node agent's Workload API; with a join token it is a node of its own, which makes
+  its key here.
 - `show` and `verify` work without a broker.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from identity_broker.cli.connect import dev_state
-from identity_broker.cli.errors import FileUnusable, UsageRefused
-from identity_broker.cli.files import read_input, read_secret, write_public, write_secret
+from identity_broker.cli.connect import DEFAULT_DIR, dev_state
+from identity_broker.cli.errors import UsageRefused
+from identity_broker.cli.files import read_input, read_secret
 from identity_broker.cli.options import Invocation, pass_invocation
 from identity_broker.cli.output import distance, emit, say
 from identity_broker.cli.tree import IdbGroup
+from identity_broker.dev.state import FILE_NAME
 from identity_broker.domain.clock import SystemClock
 
 if TYPE_CHECKING:
     from identity_ca.bundle import TrustBundle
-    from identity_client.credential import IdentitySnapshot
+    from identity_client.settings import SourceSettings
+    from identity_client.workload_api.settings import WorkloadApiSettings
 
 _FILE = click.Path(path_type=Path)
+_ENDPOINT_VARIABLE = "SPIFFE_ENDPOINT_SOCKET"
 
 
 @click.group(cls=IdbGroup)
@@ -34,11 +39,21 @@ def svid() -> None:
 @svid.command(
     connects=True,
     examples=[
-        "idb --dir .dev svid fetch --token-file web-1.token --spiffe-id /shop/orders --write svids",
+        "idb --dir .dev svid fetch --write svids",
+        "idb svid fetch --workload-api unix:///run/identity-agent/api.sock --watch --write svids "
+        "--exec 'nginx -s reload'",
+        "idb --dir .dev svid fetch --token-file web-1.token --spiffe-id /shop/orders",
         "idb --dir .dev svid fetch --state-dir web-1.state",
     ],
 )
+@click.option(
+    "--workload-api",
+    metavar="ADDRESS",
+    help="A node agent's Workload API, unix:///PATH or tcp://IP:PORT; else that of --dir, else "
+    f"[env: {_ENDPOINT_VARIABLE}].",
+)
 @click.option("--spiffe-id", metavar="ID", help="Who to be (ID or /path); the first one if none.")
+@click.option("--hint", metavar="TEXT", help="The identity with this hint (Workload API).")
 @click.option("--token-file", type=_FILE, metavar="FILE", help="Join token in a file; - is stdin.")
 @click.option(
     "--token",
@@ -56,50 +71,65 @@ def svid() -> None:
     "--write",
     type=_FILE,
     metavar="DIR",
-    help="Write svid.pem, key.pem (0600) and bundle.pem there.",
+    help="Write svid.pem, key.pem (0600), bundle.pem and crl.pem there, and the same as a SPIFFE "
+    "credential folder; all of them change at once.",
 )
+@click.option(
+    "--exec",
+    "command",
+    metavar="COMMAND",
+    help="Run after every complete replacement of the files, without a shell.",
+)
+@click.option("--watch", is_flag=True, help="Stay, and follow every rotation until stopped.")
 @click.option("--bootstrap-address", metavar="HOST:PORT", help="With --address.")
 @click.option("--trust-domain", metavar="NAME", help="With --address.")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=15.0, show_default=True)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="How long to wait for the first identity  [default: 15; with --watch for ever]",
+)
 @pass_invocation
 def fetch(
     invocation: Invocation,
+    workload_api: str | None,
     spiffe_id: str | None,
+    hint: str | None,
     token_file: Path | None,
     token: str | None,
     state_dir: Path | None,
     write: Path | None,
+    command: str | None,
+    watch: bool,
     bootstrap_address: str | None,
     trust_domain: str | None,
-    timeout: float,
+    timeout: float | None,
 ) -> None:
-    """Attest this process as a node and fetch an X.509-SVID.
+    """Fetch an X.509-SVID: from a node agent's Workload API, or as a node of its own.
 
-    The broker is that of --dir, or --address with --bootstrap-address, --trust-domain and
-    --bundle. The key is made here and leaves only into --write DIR.
+    An agent needs no secret. With a token or --state-dir this process attests by itself: to the
+    broker of --dir, or --address with --bootstrap-address, --trust-domain and --bundle. Keys
+    leave only into --write DIR.
     """
-    from identity_client.source import IdentitySource
+    from identity_broker.cli import svid_fetch
 
-    where = _whereabouts(invocation, bootstrap_address, trust_domain)
-    if token_file is not None:
-        token = read_secret(token_file)
-    if not token and state_dir is None:
-        raise UsageRefused(
-            "a node needs a join token, or the --state-dir of an earlier fetch",
-            hint="idb token generate --write web-1.token",
-        )
-    if spiffe_id is not None and spiffe_id.startswith("/"):
-        spiffe_id = f"spiffe://{where['trust_domain']}{spiffe_id}"
-    source = IdentitySource.from_join_token(
-        **where,
-        # With a state directory that holds a node, the token is not asked for.
-        token=token or "idbt_none",
-        spiffe_id=spiffe_id,
-        state_dir=state_dir,
+    delivery = svid_fetch.Delivery(
+        output=invocation.output,
+        write=write,
+        hook=svid_fetch.parse_hook(command, write=write),
+        watch=watch,
+        timeout=timeout or (None if watch else 15.0),
     )
-    with source:
-        snapshot = source.wait_ready(timeout)
-    _show_fetched(invocation, snapshot, write)
+    settings: SourceSettings | WorkloadApiSettings
+    if token_file is None and not token and state_dir is None:
+        settings = _asking(invocation, workload_api, spiffe_id, hint, trust_domain)
+    else:
+        if workload_api is not None or hint is not None:
+            raise UsageRefused("a Workload API wants no token and no --state-dir")
+        where = _whereabouts(invocation, bootstrap_address, trust_domain)
+        token = token if token_file is None else read_secret(token_file)
+        settings = _joining(where, token, spiffe_id, state_dir)
+    svid_fetch.fetch(settings, delivery)
 
 
 @svid.command(examples=["idb svid show svids/svid.pem"])
@@ -188,6 +218,65 @@ def verify(
     emit(invocation.output, document, lambda: name)
 
 
+def _asking(
+    invocation: Invocation,
+    workload_api: str | None,
+    spiffe_id: str | None,
+    hint: str | None,
+    trust_domain: str | None,
+) -> WorkloadApiSettings:
+    """Settings for the Workload API that is meant."""
+    from identity_client.workload_api.settings import WorkloadApiSettings
+
+    endpoint = workload_api or _workload_api(invocation)
+    if spiffe_id is not None and spiffe_id.startswith("/"):
+        if trust_domain is None and workload_api is None and _names_dev(invocation):
+            trust_domain = dev_state(invocation).trust_domain
+        if trust_domain is None:
+            raise UsageRefused(
+                "a path alone names no identity where no --dir says the trust domain",
+                hint=f"--spiffe-id spiffe://TRUST-DOMAIN{spiffe_id}",
+            )
+        spiffe_id = f"spiffe://{trust_domain}{spiffe_id}"
+    return WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint)
+
+
+def _workload_api(invocation: Invocation) -> str:
+    """The address of the agent in --dir, else of the environment, else in ./.dev."""
+    named = os.environ.get(_ENDPOINT_VARIABLE, "")
+    if invocation.address is None and (
+        invocation.dir is not None or (not named and _names_dev(invocation))
+    ):
+        named = dev_state(invocation).workload_api
+    if not named or invocation.address is not None:
+        raise UsageRefused(
+            "there is no agent to ask, and a node of its own needs a join token or the "
+            "--state-dir of an earlier fetch",
+            hint="--workload-api unix:///PATH where an agent runs; else: "
+            "idb token generate --write web-1.token",
+        )
+    return named
+
+
+def _names_dev(invocation: Invocation) -> bool:
+    named = invocation.dir is not None or bool(os.environ.get("IDB_DIR"))
+    return named or (DEFAULT_DIR / FILE_NAME).exists()
+
+
+def _joining(
+    where: dict[str, Any], token: str | None, spiffe_id: str | None, state_dir: Path | None
+) -> SourceSettings:
+    """Settings for a node that joins the broker by itself."""
+    from identity_client.attestation import JoinTokenAttestor
+    from identity_client.settings import SourceSettings
+
+    if spiffe_id is not None and spiffe_id.startswith("/"):
+        spiffe_id = f"spiffe://{where['trust_domain']}{spiffe_id}"
+    # With a state directory that holds a node, the token is not asked for.
+    attestor = JoinTokenAttestor(token or "idbt_none")
+    return SourceSettings.make(attestor, **where, spiffe_id=spiffe_id, state_dir=state_dir)
+
+
 def _whereabouts(
     invocation: Invocation, bootstrap_address: str | None, trust_domain: str | None
 ) -> dict[str, Any]:
@@ -213,41 +302,6 @@ def _whereabouts(
         "trust_domain": trust_domain,
         "bundle_file": invocation.bundle,
     }
-
-
-def _show_fetched(invocation: Invocation, snapshot: IdentitySnapshot, write: Path | None) -> None:
-    now = SystemClock().now()
-    document: dict[str, Any] = {
-        "spiffe_id": str(snapshot.spiffe_id),
-        "serial": snapshot.serial,
-        "expires_at": snapshot.not_after,
-        "files": {},
-    }
-    if write is not None:
-        document["files"] = _write(snapshot, write)
-    say(f"expires {distance(snapshot.not_after, now)}; serial {snapshot.serial}")
-    emit(
-        invocation.output,
-        document,
-        lambda: "\n".join(document["files"].values()) or str(snapshot.spiffe_id),
-    )
-
-
-def _write(snapshot: IdentitySnapshot, directory: Path) -> dict[str, str]:
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise FileUnusable(f'"{directory}" cannot be made: {exc.strerror}') from exc
-    svid_file, key_file, bundle_file = (
-        directory / name for name in ("svid.pem", "key.pem", "bundle.pem")
-    )
-    anchors = snapshot.x509_bundle(snapshot.spiffe_id.trust_domain).x509_authorities
-    write_secret(key_file, snapshot.x509.key_pem.decode())
-    write_public(svid_file, snapshot.x509.chain_pem)
-    write_public(bundle_file, b"".join(item.public_bytes(Encoding.PEM) for item in anchors))
-    return {"svid": str(svid_file), "key": str(key_file), "bundle": str(bundle_file)}
 
 
 def _read_bundle(path: Path, trust_domain: str) -> TrustBundle:
