@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +15,11 @@ _START_CODE: Final = 26 - _FIELDS_BEFORE_STATE
 _START_STACK: Final = 28 - _FIELDS_BEFORE_STATE
 _START_TIME: Final = 22 - _FIELDS_BEFORE_STATE
 _U64: Final = 1 << 64
-_EFFECTIVE: Final = 1  # real, effective, saved, file system
+# Real, effective, saved, file system.
+_IDS: Final = re.compile(
+    rb"\nUid:\t[0-9]+\t([0-9]+)\t[0-9]+\t[0-9]+\nGid:\t[0-9]+\t([0-9]+)\t[0-9]+\t[0-9]+\n"
+)
+_GROUPS: Final = re.compile(rb"\nGroups:\t([0-9 ]*)\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +68,14 @@ def parse_status(raw: bytes) -> ProcessOwner:
     Raises:
         ValueError: it is not one.
     """
-    found: dict[bytes, list[bytes]] = {}
-    # The kernel escapes line feeds in the name, and the name stands first.
-    for line in raw.split(b"\n"):
-        key, colon, value = line.partition(b":\t")
-        if colon and key in {b"Uid", b"Gid", b"Groups"}:
-            if key in found:
-                raise ValueError("not a /proc/PID/status")
-            found[key] = value.split()
-    try:
-        users, own_groups, groups = found[b"Uid"], found[b"Gid"], found[b"Groups"]
-        if len(users) != len(own_groups) or len(users) != 4:
-            raise ValueError("not a /proc/PID/status")
-    except KeyError as exc:
-        raise ValueError("not a /proc/PID/status") from exc
+    # The kernel escapes line feeds in the name: no part of it is taken for a line.
+    ids, groups = _IDS.search(raw), _GROUPS.search(raw)
+    if ids is None or groups is None:
+        raise ValueError("not a /proc/PID/status")
     return ProcessOwner(
-        uid=_number(users[_EFFECTIVE], 1 << 32),
-        gid=_number(own_groups[_EFFECTIVE], 1 << 32),
-        groups=frozenset(_number(group, 1 << 32) for group in groups),
+        uid=_number(ids[1], 1 << 32),
+        gid=_number(ids[2], 1 << 32),
+        groups=frozenset(_number(group, 1 << 32) for group in groups[1].split()),
     )
 
 

@@ -127,6 +127,12 @@ FORMS: Final[Mapping[str, Mapping[str, _Form]]] = MappingProxyType(
                 _ends(".service"),
                 _mend_end(".service"),
             ),
+            "user_unit": _Form(
+                "the name of a service unit of a user's own systemd",
+                "orders.service",
+                _ends(".service"),
+                _mend_end(".service"),
+            ),
             "slice": _Form(
                 "the name of a slice unit", "system.slice", _ends(".slice"), _mend_end(".slice")
             ),

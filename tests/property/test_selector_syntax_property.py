@@ -53,6 +53,7 @@ EMITTED: dict[str, st.SearchStrategy[str]] = {
     "unix:path": PATHS,
     "unix:sha256": HEX64,
     "systemd:id": UNITS.map(lambda name: f"{name}.service"),
+    "systemd:user_unit": UNITS.map(lambda name: f"{name}.service"),
     "systemd:slice": UNITS.map(lambda name: f"{name}.slice"),
     "docker:label": st.tuples(
         st.from_regex(r"[a-z][a-z0-9._-]{0,30}", fullmatch=True), st.text(PRINTABLE, max_size=40)

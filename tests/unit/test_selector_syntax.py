@@ -35,6 +35,7 @@ def refusal(text: str, syntax: SelectorSyntax | None = None) -> EntryInvalid:
         "systemd:id:getty@tty1.service",
         "systemd:id:dbus-org.freedesktop.login1.service",
         "systemd:id:home-a\\x2db.service",
+        "systemd:user_unit:orders.service",
         "systemd:slice:system.slice",
         "systemd:slice:-.slice",
         "docker:label:com.example.app:orders",

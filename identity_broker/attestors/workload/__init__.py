@@ -73,12 +73,18 @@ class WorkloadAttestor(Protocol):
         """The type of its selectors: "unix"."""
         ...
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """The first parts of the values it may vouch for ("uid"); empty: any."""
+        ...
+
     async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
         """Return what it can vouch for.
 
         Args:
             wanted: the first parts of the selector values anybody asks for ("uid", "sha256"):
-                what is expensive and not wanted may be left out. Empty means everything.
+                what is expensive and not wanted may be left out. Empty means everything. It is
+                not asked at all where none of its `keys` is wanted.
 
         Raises:
             AttestationFailed: it cannot tell, although it should be able to.

@@ -65,8 +65,20 @@ class Attestation:
         asked = [
             (attestor, frozenset() if wanted is None else wanted[attestor.name])
             for attestor in self._attestors
-            if wanted is None or attestor.name in wanted
+            if wanted is None or _is_asked(attestor, wanted)
         ]
+        answers = await self._ask_all(process, asked)
+        process.check()
+        return Attested(
+            frozenset().union(*(answer.selectors for answer in answers)),
+            tuple(sorted({answer.problem for answer in answers if answer.problem})),
+        )
+
+    async def _ask_all(
+        self, process: Process, asked: Sequence[tuple[WorkloadAttestor, frozenset[str]]]
+    ) -> list[_Answer]:
+        if len(asked) == 1:  # mostly: no tasks for it
+            return [await self._ask(asked[0][0], process, asked[0][1])]
         tasks: list[asyncio.Task[_Answer]] = []
         refused: BaseException | None = None
         try:
@@ -77,12 +89,7 @@ class Attestation:
             refused = refusals.exceptions[0]
         if refused is not None:  # out here, since except* would wrap it again
             raise refused
-        process.check()
-        answers = [task.result() for task in tasks]
-        return Attested(
-            frozenset().union(*(answer.selectors for answer in answers)),
-            tuple(sorted({answer.problem for answer in answers if answer.problem})),
-        )
+        return [task.result() for task in tasks]
 
     async def _ask(
         self, attestor: WorkloadAttestor, process: Process, wanted: frozenset[str]
@@ -106,3 +113,8 @@ class Attestation:
             _log.error("attestor vouches for another's type", attestor=name, pid=process.pid)
             return _Answer(problem=f"{name}: vouches for selectors of another type")
         return _Answer(selectors)
+
+
+def _is_asked(attestor: WorkloadAttestor, wanted: Mapping[str, frozenset[str]]) -> bool:
+    keys = wanted.get(attestor.name)
+    return keys is not None and not (keys and attestor.keys and keys.isdisjoint(attestor.keys))

@@ -99,6 +99,7 @@ class DockerAttestor:
     """
 
     name = "docker"
+    keys = frozenset({"label", "env", "image_id", "image_digest"})
 
     def __init__(self, sockets: Sequence[Path] = DEFAULT_SOCKETS) -> None:
         self._engines = tuple(Engine(socket) for socket in sockets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from identity_broker.attestors.workload import Process
-from identity_broker.attestors.workload.facts import is_wanted, selectors_of
+from identity_broker.attestors.workload.facts import selectors_of
 from identity_broker.domain.procfs import ProcessOwner, parse_status
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AttestationFailed
@@ -31,8 +31,6 @@ class UnixOwner:
     keys = frozenset({"uid", "gid", "supplementary_gid"})
 
     async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
-        if not is_wanted(wanted, self.keys):
-            return frozenset()
         owner = owner_of(process)
         facts = [("uid", str(owner.uid)), ("gid", str(owner.gid))]
         facts += [("supplementary_gid", str(gid)) for gid in owner.groups]

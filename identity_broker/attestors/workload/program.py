@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 
 from identity_broker.attestors.workload import Process
 from identity_broker.attestors.workload.cgroup import Mount, parse_mountinfo
-from identity_broker.attestors.workload.facts import is_wanted, selectors_of
+from identity_broker.attestors.workload.facts import selectors_of
 from identity_broker.attestors.workload.owner import owner_of
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AttestationFailed
@@ -50,8 +50,6 @@ class UnixPath:
         self._turn = asyncio.Semaphore(_AT_A_TIME)
 
     async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
-        if not is_wanted(wanted, self.keys):
-            return frozenset()
         # A thread: a path may lead to a file system that takes its time.
         looking = asyncio.create_task(self._look(process), name="find a program")
         looking.add_done_callback(_seen)
@@ -75,8 +73,6 @@ class UnixDigest:
         self._digests = digests
 
     async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
-        if not is_wanted(wanted, self.keys):
-            return frozenset()
         uid = owner_of(process).uid
         digest = await self._digests.of(process.open("exe"), uid)
         return selectors_of(self.name, (("sha256", digest),))
@@ -207,15 +203,15 @@ def _path_here(process: Process, link: str, descriptor: int) -> str | None:
     try:
         running = os.fstat(descriptor)
         number = _mount_of(descriptor)
-        own = parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
-        if any(mount.id == number for mount in own):
+        own = Path("/proc/self/mountinfo").read_bytes()
+        if own.startswith(start := b"%d " % number) or b"\n" + start in own:
             # Our mount, so our path, even where the file was replaced or removed meanwhile.
             return link if _is_at(link, running) else link.removesuffix(_DELETED)
         # Another mount namespace, such as a sandboxed service's. Look where it says, but go to no
         # other file system for it: the path may be made up to lead us to one that hangs.
         theirs = parse_mountinfo(process.read("mountinfo"))
         device = next((mount.device for mount in theirs if mount.id == number), None)
-        if device is None or device != _device_under(link, own):
+        if device is None or device != _device_under(link, parse_mountinfo(own)):
             return None
         return link if _is_at(link, running) else None
     except (OSError, ValueError) as exc:

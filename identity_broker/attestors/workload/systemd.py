@@ -78,6 +78,7 @@ class SystemdAttestor:
     """id, slice, user_unit: nothing to wait for."""
 
     name = "systemd"
+    keys = frozenset({"id", "slice", "user_unit"})
 
     async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
         try:
