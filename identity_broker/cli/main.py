@@ -24,6 +24,7 @@ SECTIONS = {
         "dev": LazyCommand("dev", "dev", "Run OpenBao and a broker on this machine."),
         "demo": LazyCommand("demo", "demo", "Watch two services leave their shared API key."),
         "server": LazyCommand("server", "server", "Run a broker from a configuration file."),
+        "agent": LazyCommand("agent", "agent", "Run a node agent, and see how it is doing."),
         "config": LazyCommand("config", "config", "Check and show a configuration."),
         "doctor": LazyCommand("doctor", "doctor", "Say what is wrong and what to do about it."),
     },

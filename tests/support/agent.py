@@ -1,4 +1,4 @@
-"""A whole node agent in the test's own event loop, joined to the broker of tests/support/line.py."""
+"""A whole node agent in the test's own event loop, joined to the broker of support/line.py."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ async def running_agent(
     task = asyncio.create_task(
         run_agent(settings, ready=started.set_result, stop=stop, made=made.append)
     )
-    await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+    first: set[asyncio.Future[Any]] = {task, started}
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         await task
     running = RunningAgent(started.result(), settings, name, made[0])

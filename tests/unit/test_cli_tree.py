@@ -86,6 +86,7 @@ def test_help_of_every_command_is_shown(path: str, command: click.Command) -> No
 
 def test_commands_of_the_product_are_all_there() -> None:
     wanted = {
+        *("agent run", "agent status", "agent config check", "agent config show"),
         *("server run", "server check", "dev", "demo", "token generate", "version", "completion"),
         *(f"entry {verb}" for verb in ("create", "list", "show", "update", "delete")),
         *(f"node {verb}" for verb in ("list", "show", "ban", "evict")),
