@@ -1,4 +1,4 @@
-"""`idb dev`: OpenBao and a broker on this machine."""
+"""`idb dev`: OpenBao, a broker and an agent on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     params=[
         dir_option(text=f"Where everything is kept; {DEFAULT_DIR} if not given [env: IDB_DIR].")
     ],
-    examples=["idb dev --dir .dev", "idb --dir .dev token generate --node web-1"],
+    examples=["idb dev --dir .dev", "idb --dir .dev svid fetch"],
 )
 @click.option(
     "--ca",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--trust-domain", metavar="NAME", help="dev.example.org if not given.")
 @pass_invocation
 def dev(invocation: Invocation, ca: str | None, trust_domain: str | None) -> None:
-    """Run OpenBao and a broker on this machine.
+    """Run OpenBao, a broker and an agent on this machine.
 
     Everything listens on loopback, on free ports, and stores in DIR. A second start on the same
     DIR resumes with the same identities. DIR/dev.json says where everything is, as long as it
@@ -62,6 +62,8 @@ def _facts(state: DevState) -> str:
             ("http", f"http://{state.broker.http_address}"),
             ("admin socket", state.broker.admin_socket),
             ("openbao", state.openbao_address or "- (local CA)"),
+            ("workload API", state.workload_api),
+            ("node", state.agent.node_id if state.agent else "-"),
             ("bundle file", state.bundle_file),
             ("pid", str(state.pid)),
         ]
@@ -75,9 +77,9 @@ def _next_steps(directory: str) -> str:
         "",
         paint("next, in another terminal:", Style.HEAD, sys.stderr),
         f"  idb --dir {directory} doctor",
-        f"  idb --dir {directory} token generate --node web-1 --write web-1.token",
-        f"  idb --dir {directory} entry create --spiffe-id /shop/orders --parent web-1 "
-        "--selector unix:uid:1000",
+        f"  idb --dir {directory} entry create --spiffe-id /shop/orders "
+        "--selector unix:uid:$(id -u) --wait",
+        f"  idb --dir {directory} svid fetch",
         "Ctrl-C stops everything; the next start resumes.",
     ]
     return "\n".join(lines)

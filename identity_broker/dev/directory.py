@@ -5,6 +5,8 @@
 - The trust domain and the kind of CA are decided by the first start; a later one that asks for
   another is refused, because the identities in it would change.
 - Addresses of the last run are kept, so that what was told them finds the broker again.
+- Others may pass through it (0711), because the Workload API's socket is for every user of the
+  machine; everything else in it is its owner's alone.
 """
 
 from __future__ import annotations
@@ -100,6 +102,26 @@ class DevDirectory:
         return self.path / "broker"
 
     @property
+    def agent_config(self) -> Path:
+        """The agent's configuration, written at every start."""
+        return self.path / "agent.toml"
+
+    @property
+    def agent_log(self) -> Path:
+        """What the agent logs."""
+        return self.path / "agent.log"
+
+    @property
+    def agent_data(self) -> Path:
+        """The agent's own directory."""
+        return self.path / "agent"
+
+    @property
+    def agent_token(self) -> Path:
+        """The agent's join token: new at every start, good for one use within minutes."""
+        return self.path / "agent.token"
+
+    @property
     def openbao(self) -> Path:
         """OpenBao's own directory."""
         return self.path / "openbao"
@@ -124,8 +146,8 @@ class DevDirectory:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._refuse_foreign()
-            self.path.chmod(0o700)
-            for part in (self.broker_data, self.role_id_file.parent):
+            self.path.chmod(0o711)
+            for part in (self.broker_data, self.agent_data, self.role_id_file.parent):
                 part.mkdir(mode=0o700, exist_ok=True)
             lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
@@ -194,13 +216,20 @@ class DevDirectory:
         )
 
     def admin_socket(self) -> Path:
-        """Where the admin socket goes: here, or where a Unix socket's path is short enough."""
+        """Where the broker's admin socket goes: here, or where its path is short enough."""
         path = self.broker_data / "admin.sock"
-        if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
-            return path
+        return path if _fits(path) else self._elsewhere() / "admin.sock"
+
+    def agent_sockets(self) -> Path:
+        """Where the agent's sockets go: a directory that every user may pass through."""
+        path = self.path / "run"
+        return path if _fits(path / "workload.sock") else self._elsewhere()
+
+    def _elsewhere(self) -> Path:
         if self._runtime is None:
             self._runtime = Path(tempfile.mkdtemp(prefix="idb-dev-"))
-        return self._runtime / "admin.sock"
+            self._runtime.chmod(0o711)
+        return self._runtime
 
     def _store(self, settings: DevSettings) -> None:
         document = {
@@ -225,6 +254,10 @@ class DevDirectory:
 
     def __exit__(self, *_exc: object) -> None:
         self.release()
+
+
+def _fits(path: Path) -> bool:
+    return len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH
 
 
 def _if_free(address: str) -> str:

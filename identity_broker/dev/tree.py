@@ -1,6 +1,7 @@
-"""`idb dev`: one process tree on loopback, a real OpenBao and a broker that signs with it.
+"""`idb dev`: one process tree on loopback, a real OpenBao, a broker that signs with it, an agent.
 
-- Order: claim the directory → OpenBao → provision → broker → dev.json. Stopping is the reverse.
+- Order: claim the directory → OpenBao → provision → broker → agent → dev.json. Stopping is the
+  reverse.
 - dev.json is there exactly while everything answers.
 - When a part ends by itself, the rest is stopped, and the failure says which and why.
 - SIGTERM, SIGINT and SIGHUP end all of it within ten seconds; no child outlives this process.
@@ -27,10 +28,17 @@ from identity_broker.dev.directory import CaKind, DevDirectory, DevSettings
 from identity_broker.dev.errors import DevChildEnded
 from identity_broker.dev.lifeline import tied_to_parent
 from identity_broker.dev.openbao import EmbeddedOpenBao
-from identity_broker.dev.state import FILE_NAME, BrokerAddresses, DevState, write_private
+from identity_broker.dev.state import (
+    FILE_NAME,
+    AgentAddresses,
+    BrokerAddresses,
+    DevState,
+    write_private,
+)
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WATCH_SECONDS = 0.5
+_AGENT_NODE = "dev-agent"
 _PORT_TAKEN = "cannot listen on"
 
 Say = Callable[[str], None]
@@ -56,6 +64,9 @@ class DevTree:
         self._openbao: EmbeddedOpenBao | None = None
         self._broker = ChildProcess(
             "server", "broker", self._directory.broker_config, self._directory.broker_log
+        )
+        self._agent = ChildProcess(
+            "agent", "agent", self._directory.agent_config, self._directory.agent_log
         )
 
     def run(self, on_ready: Callable[[DevState], None]) -> None:
@@ -93,12 +104,17 @@ class DevTree:
             bound = self._start_broker(settings, bundle_file, stopped)
         self._directory.remember(settings, bound)
         self._say(f"broker ready in {time.monotonic() - started:.1f} s")
+        started = time.monotonic()
+        workload_api, agent = self._start_agent(settings, bound, bundle_file, stopped)
+        self._say(f"agent ready in {time.monotonic() - started:.1f} s, {workload_api}")
         state = DevState(
             trust_domain=settings.trust_domain,
             broker=bound,
             openbao_address=self._openbao.address if self._openbao else "",
             bundle_file=str(bundle_file),
             pid=os.getpid(),
+            workload_api=workload_api,
+            agent=agent,
         )
         stopped.check()
         state.write(self._directory.path)
@@ -113,6 +129,26 @@ class DevTree:
         config = _broker_config(settings, self._directory, socket_path, bundle_file, openbao)
         write_private(self._directory.broker_config, to_toml(config))
         return BrokerAddresses(**self._broker.start(on_wait=stopped.check))
+
+    def _start_agent(
+        self,
+        settings: DevSettings,
+        broker: BrokerAddresses,
+        bundle_file: Path,
+        stopped: _StopSignal,
+    ) -> tuple[str, AgentAddresses]:
+        """Start the agent and wait until it is a node; return its Workload API's address."""
+        from identity_client.admin import AdminClient, UnixTarget  # noqa: PLC0415 - loads gRPC
+
+        with AdminClient(UnixTarget(Path(broker.admin_socket))) as admin:
+            # Spent only when the agent's directory holds no node any more.
+            token = admin.nodes.create_join_token(node_name=_AGENT_NODE)
+        write_private(self._directory.agent_token, token.token + "\n")
+        config = _agent_config(settings, self._directory, broker, bundle_file)
+        write_private(self._directory.agent_config, to_toml(config))
+        said = self._agent.start(on_wait=stopped.check)
+        stopped.check()
+        return said["workload_api"], AgentAddresses(said["admin_socket"], token.node_id)
 
     def _start_openbao(self, stopped: _StopSignal) -> None:
         started = time.monotonic()
@@ -149,15 +185,16 @@ class DevTree:
     def _watch(self, stopped: _StopSignal) -> None:
         while True:
             stopped.wait(_WATCH_SECONDS)
-            ended = self._broker.ended()
+            ended = self._broker.ended() or self._agent.ended()
             if ended is not None:
                 raise ended
             if self._openbao is not None and self._openbao.pid is None:
                 raise DevChildEnded("OpenBao ended", hint=f"its log: {self._openbao.log_file}")
 
     def _stop(self) -> None:
-        """The broker first: it may still need OpenBao to finish what it is doing."""
+        """Who needs somebody goes first: the agent needs the broker, the broker OpenBao."""
         (self._directory.path / FILE_NAME).unlink(missing_ok=True)
+        self._agent.stop()
         self._broker.stop()
         if self._openbao is not None:
             self._openbao.stop()
@@ -230,6 +267,8 @@ def _broker_config(
             "bundle_file": str(bundle_file),
             "drain_timeout": "3s",
         },
+        # A machine that slept overnight is still a node in the morning.
+        "svid": {"node_ttl": "24h"},
         "ca": {
             "key_manager": "transit" if with_openbao else "file",
             "upstream": "vault_pki" if with_openbao else "selfsigned",
@@ -238,6 +277,25 @@ def _broker_config(
     if with_openbao:
         config["openbao"] = openbao
     return config
+
+
+def _agent_config(
+    settings: DevSettings, directory: DevDirectory, broker: BrokerAddresses, bundle_file: Path
+) -> Mapping[str, Mapping[str, Any]]:
+    return {
+        "agent": {
+            "trust_domain": settings.trust_domain,
+            "data_dir": str(directory.agent_data),
+            "runtime_dir": str(directory.agent_sockets()),
+            "drain_timeout": "1s",
+        },
+        "broker": {
+            "address": broker.address,
+            "bootstrap_address": broker.bootstrap_address,
+        },
+        "trust": {"bundle_file": str(bundle_file)},
+        "node": {"join_token_file": str(directory.agent_token)},
+    }
 
 
 def to_toml(config: Mapping[str, Mapping[str, Any]]) -> str:

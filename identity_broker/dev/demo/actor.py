@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,24 @@ _STOP_SECONDS = 3.0
 
 
 class Actor:
-    """One process of the demonstration."""
+    """One process of the demonstration.
+
+    Args:
+        role: the module it runs.
+        asked: the first line on its stdin.
+        program: the Python to run it with; this one when None.
+        environment: what it finds in its environment beside ours.
+    """
 
     def __init__(
-        self, role: str, asked: Event, folder: Path, *, listener: Listener | None = None
+        self,
+        role: str,
+        asked: Event,
+        folder: Path,
+        *,
+        program: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.role = role
         self._log = folder / f"{role}.log"
@@ -41,13 +55,13 @@ class Actor:
         self._listener = listener
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"identity_broker.dev.demo.{role}"],
+                [str(program or sys.executable), "-m", f"identity_broker.dev.demo.{role}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 # gRPC's own log lines would say in other words what the events say.
-                env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+                env={**os.environ, "GRPC_VERBOSITY": "NONE", **(environment or {})},
                 start_new_session=True,
                 preexec_fn=tied_to_parent(),  # noqa: PLW1509 - does nothing but prctl
             )

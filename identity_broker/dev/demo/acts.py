@@ -91,19 +91,10 @@ def with_identities(stage: Stage, api_key: str) -> Cast:
     )
     entry_ids = {name: _register(stage, name) for name in ("inventory", "orders")}
 
-    inventory = stage.actor(
-        "inventory", {"identity": _identity(stage, "inventory"), "allow": ORDERS}
-    )
+    inventory = stage.actor("inventory", {"allow": ORDERS})
     serving = inventory.wait_for("ready")
     _tell_identity(stage, inventory, "inventory")
-    orders = stage.actor(
-        "orders",
-        {
-            "inventory": serving["address"],
-            "identity": _identity(stage, "orders"),
-            "peer": INVENTORY,
-        },
-    )
+    orders = stage.actor("orders", {"inventory": serving["address"], "peer": INVENTORY})
     intruder = stage.actor("intruder", {"inventory": serving["address"]})
     shop = orders.wait_for("ready")["address"]
     _tell_identity(stage, orders, "orders")
@@ -122,31 +113,19 @@ def with_identities(stage: Stage, api_key: str) -> Cast:
 
 
 def _register(stage: Stage, name: str) -> str:
-    token_file = stage.folder / f"{name}.token"
-    stage.idb("token", "generate", "--node", f"host-{name}", "--write", str(token_file))
     entry = stage.idb(
-        *("entry", "create", "--spiffe-id", f"/{name}", "--parent", f"host-{name}"),
-        *("--selector", f"join_token:{name}", "--ttl", _SHORT),
+        *("entry", "create", "--spiffe-id", f"/{name}"),
+        *("--selector", f"unix:path:{stage.program(name)}", "--ttl", _SHORT, "--wait"),
     )
     return str(entry.document["id"])
-
-
-def _identity(stage: Stage, name: str) -> dict[str, str]:
-    return {
-        "address": stage.dev.broker.address,
-        "bootstrap_address": stage.dev.broker.bootstrap_address,
-        "trust_domain": TRUST_DOMAIN,
-        "bundle_file": stage.dev.bundle_file,
-        "token_file": str(stage.folder / f"{name}.token"),
-        "spiffe_id": f"spiffe://{TRUST_DOMAIN}/{name}",
-    }
 
 
 def _tell_identity(stage: Stage, actor: Actor, name: str) -> None:
     identity = actor.wait_for("identity")
     stage.timeline.step(
         name,
-        f"is {identity['spiffe_id']}, serial …{identity['serial'][-8:]}; its key was made here",
+        f"is {identity['spiffe_id']}, serial …{identity['serial'][-8:]}, "
+        "and has no secret in its environment",
         holds=identity["spiffe_id"].endswith(f"/{name}"),
     )
 
@@ -168,6 +147,13 @@ def _worthless(stage: Stage, intruder: Actor, api_key: str) -> None:
         position = intruder.tell(**command)
         answer = intruder.wait_for(event, after=position)
         tell.step("intruder", f"tries {what}: refused in the handshake", holds=_refused(answer))
+    position = intruder.tell(ask_agent=True)
+    asked = intruder.wait_for("asked_agent", after=position)
+    tell.step(
+        "agent",
+        f"gives the intruder's program nothing: {asked['reason']}",
+        holds=asked["reason"] == "NO_IDENTITY",
+    )
 
 
 def _refused(answer: Event) -> bool:
@@ -274,7 +260,8 @@ def _ledger(stage: Stage) -> None:
         + ", ".join(f"…{one['id'][-8:]}" for one in revoked[:3]),
         holds=bool(revoked) and all(one["reason"] == "key-compromise" for one in revoked),
     )
-    explained = stage.idb("explain", "/orders", "--node", "host-orders")
+    node = stage.dev.agent.node_id if stage.dev.agent else ""
+    explained = stage.idb("explain", "/orders", "--node", node)
     failed = [
         check["rule"]
         for one in explained.document["explanations"]
@@ -292,9 +279,10 @@ def _curtain(stage: Stage) -> None:
     tell = stage.timeline
     tell.act(f"Every step held, in {tell.elapsed:.0f} seconds. Now you:")
     for command in (
-        "idb dev --dir .dev                  # your own broker; leave it running",
+        "idb dev --dir .dev                  # your own broker and agent; leave it running",
         "idb --dir .dev doctor",
-        "idb --dir .dev token generate --node web-1",
+        "idb --dir .dev entry create --spiffe-id /shop/orders --selector unix:uid:$(id -u) --wait",
+        "idb --dir .dev svid fetch",
         "idb --help                          # and docs/, which starts with the quickstart",
     ):
         tell.next(command)

@@ -1,10 +1,12 @@
-"""How a service of the demonstration becomes somebody: the SDK, with a join token in a file."""
+"""How a service of the demonstration becomes somebody: the SDK asks the agent on this machine.
+
+- Nothing is configured but the agent's socket, by SPIFFE_ENDPOINT_SOCKET; there is no secret.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from identity_broker.dev.demo.wire import emit
 from identity_client import IdentitySnapshot, IdentitySource
@@ -12,16 +14,9 @@ from identity_client import IdentitySnapshot, IdentitySource
 _READY_SECONDS = 30.0
 
 
-def start_source(described: dict[str, Any]) -> IdentitySource:
+def start_source() -> IdentitySource:
     """A source that has an identity; every certificate it ever gets is told to the stage."""
-    source = IdentitySource.from_join_token(
-        address=described["address"],
-        bootstrap_address=described["bootstrap_address"],
-        trust_domain=described["trust_domain"],
-        bundle_file=described["bundle_file"],
-        token_file=described["token_file"],
-        spiffe_id=described["spiffe_id"],
-    )
+    source = IdentitySource.from_workload_api()
     source.subscribe(_tell)
     source.wait_ready(_READY_SECONDS)
     return source

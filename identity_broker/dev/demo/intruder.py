@@ -4,6 +4,7 @@ The first line on stdin: {"inventory": "host:port"}. Commands, each answered by 
 - {"replay": API_KEY} calls over plain text with the stolen key.
 - {"replay_tls": API_KEY, "roots": PEM, "peer": SPIFFE_ID} the same over TLS, with no certificate.
 - {"forge": SPIFFE_ID, "roots": PEM, "peer": SPIFFE_ID} calls with a self-made certificate.
+- {"ask_agent": true} asks the agent for an identity, as the services do.
 - {"impersonate": FILE, "peer": SPIFFE_ID} takes a stolen X.509-SVID and calls without pause, on one
   connection that stays open and on a new one each time, and tells when either is refused.
 """
@@ -31,11 +32,13 @@ from identity_broker.dev.demo.wire import (
     reason_of,
     unary,
 )
+from identity_client import IdentityError, IdentitySource
 from identity_client.naming import parse_spiffe_id, server_name
 
 _ITEM = {"item": "everything"}
 _CALL_SECONDS = 3.0
 _PAUSE_SECONDS = 0.01
+_ASK_SECONDS = 1.0
 
 
 class Intruder:
@@ -63,6 +66,20 @@ class Intruder:
         credentials = grpc.ssl_channel_credentials(roots.encode(), key, certificate)
         with self._secure(credentials, peer) as channel:
             emit("forged", reason=_try(channel))
+
+    def ask_agent(self) -> None:
+        """The services' own way: the agent's socket, which is open to everybody."""
+        try:
+            with IdentitySource.from_workload_api() as source:
+                source.wait_ready(_ASK_SECONDS)
+        except IdentityError as error:
+            cause = error.__cause__
+            emit(
+                "asked_agent",
+                reason=cause.reason if isinstance(cause, IdentityError) else error.reason,
+            )
+        else:
+            emit("asked_agent", reason="")
 
     def impersonate(self, file: str, peer: str) -> None:
         """A stolen X.509-SVID with its key, on an open connection and on new ones."""
@@ -128,6 +145,8 @@ def _obey(intruder: Intruder, command: Message) -> None:
         intruder.replay_tls(command["replay_tls"], command["roots"], command["peer"])
     elif "forge" in command:
         intruder.forge(command["forge"], command["roots"], command["peer"])
+    elif "ask_agent" in command:
+        intruder.ask_agent()
     elif "impersonate" in command:
         intruder.impersonate(command["impersonate"], command["peer"])
 

@@ -1,7 +1,6 @@
 """The demonstration's `inventory`: reserves stock for whoever it accepts.
 
-- The first line on stdin says how: {"api_key": "…"}, or
-  {"identity": {…}, "allow": "spiffe://…/orders"}.
+- The first line on stdin says how: {"api_key": "…"}, or {"allow": "spiffe://…/orders"}.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ def with_api_key(api_key: str) -> tuple[grpc.Server, int]:
     return server, server.add_insecure_port(_ANY_PORT)
 
 
-def with_identity(described: Message, allow: str) -> tuple[grpc.Server, int]:
+def with_identity(allow: str) -> tuple[grpc.Server, int]:
     """With identities: exactly one SPIFFE ID may call, and the log names it."""
-    source = start_source(described)
+    source = start_source()
 
     def reserve(request: Message, context: grpc.ServicerContext) -> Message:
         emit("call", caller=str(peer_spiffe_id(context)), item=request["item"])
@@ -60,7 +59,7 @@ def main() -> None:
     if "api_key" in asked:
         server, port = with_api_key(asked["api_key"])
     else:
-        server, port = with_identity(asked["identity"], asked["allow"])
+        server, port = with_identity(asked["allow"])
     server.start()
     emit("ready", address=f"127.0.0.1:{port}")
     for _ in told:

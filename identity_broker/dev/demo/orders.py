@@ -1,7 +1,7 @@
 """The demonstration's `orders`: takes orders from customers and reserves stock at `inventory`.
 
 - The first line on stdin says how: {"inventory": "host:port", "api_key": "…"}, or
-  {"inventory": "host:port", "identity": {…}, "peer": "spiffe://…/inventory"}.
+  {"inventory": "host:port", "peer": "spiffe://…/inventory"}.
 - The command {"copy_out": FILE} plays the bad day: key and certificate get out of the process.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
         reserve = unary(grpc.insecure_channel(asked["inventory"]), RESERVE)
         metadata = ((API_KEY_HEADER, asked["api_key"]),)
     else:
-        source = start_source(asked["identity"])
+        source = start_source()
         reserve = unary(secure_channel(source, asked["inventory"], peer=asked["peer"]), RESERVE)
 
     def call(item: str) -> Message:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from identity_broker.dev.demo.actor import Actor, Event, Listener
+from identity_broker.dev.demo.program import program_of
 from identity_broker.dev.demo.timeline import Moment, Timeline
 from identity_broker.dev.errors import DemoStepFailed
 from identity_broker.dev.lifeline import tied_to_parent
@@ -65,10 +66,24 @@ class Stage:
         return self._dev
 
     def actor(self, role: str, asked: Event, *, listener: Listener | None = None) -> Actor:
-        """Start a process and wait until it is ready."""
-        actor = Actor(role, asked, self.folder, listener=listener)
+        """Start a process. Once there is an agent, it finds the way to it in its environment."""
+        environment = {}
+        if self._dev is not None:
+            environment["SPIFFE_ENDPOINT_SOCKET"] = self._dev.workload_api
+        actor = Actor(
+            role,
+            asked,
+            self.folder,
+            program=self.program(role),
+            environment=environment,
+            listener=listener,
+        )
         self._resources.callback(actor.stop)
         return actor
+
+    def program(self, role: str) -> Path:
+        """The executable of a role."""
+        return program_of(role, self.folder / "programs")
 
     def start_dev(self) -> None:
         """Start `idb dev` and wait until it is ready.
@@ -186,7 +201,8 @@ def _idb(*arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: text for name, text in os.environ.items() if not name.startswith("IDB_")}
+    ours = ("IDB_", "IDENTITY_BROKER_", "SPIFFE_")
+    return {name: text for name, text in os.environ.items() if not name.startswith(ours)}
 
 
 def _read_lines(process: subprocess.Popen[str], lines: list[str]) -> None:
