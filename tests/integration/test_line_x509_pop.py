@@ -23,6 +23,7 @@ from identity_api.broker.v1 import node_attestation_pb2 as pb
 from identity_api.broker.v1 import node_attestation_pb2_grpc
 from identity_broker.attestors.node import Evidence
 from identity_broker.attestors.node.x509_pop import X509PopAttestor, signed_message
+from identity_broker.domain.selector_syntax import SelectorSyntax
 from identity_broker.errors import AttestationFailed, ChallengeFailed, ConfigError
 from identity_ca.keys import spki_der
 from identity_ca.spiffe_id import TrustDomain
@@ -90,6 +91,7 @@ async def test_a_machine_proves_its_certificate(
     facts = {str(selector) for selector in node.selectors}
     assert "x509_pop:subject:cn:web-1.internal" in facts
     assert "x509_pop:san:dns:web-1.internal" in facts
+    SelectorSyntax().check_all(node.selectors)  # entries may ask for each of them
     assert node.reattestable
 
 
