@@ -58,6 +58,10 @@ def validate(stage: Stage, svid: str, audience: str) -> Any:
     return stage.stub().ValidateJWTSVID(request, metadata=header())
 
 
+def paths_of(message: Any) -> list[str]:
+    return [each.spiffe_id.removeprefix(OWN) for each in message.svids]
+
+
 def leaf(svid: Any) -> x509.Certificate:
     size = 4 + int.from_bytes(svid.x509_svid[2:4], "big")
     return x509.load_der_x509_certificate(svid.x509_svid[:size])
@@ -79,12 +83,15 @@ async def entitled(stage: Stage, path: str) -> None:
 
 
 async def next_with(call: Any, paths: list[str]) -> Any:
-    """The next message that offers exactly these; others are full states on the way there."""
+    """The next message that offers these and no others, whatever their order.
+
+    What comes before are full states on the way there.
+    """
     async with asyncio.timeout(10):
         while True:
             message = await call.read()
             assert message is not grpc.aio.EOF
-            if [each.spiffe_id.removeprefix(OWN) for each in message.svids] == paths:
+            if sorted(paths_of(message)) == sorted(paths):
                 return message
 
 
@@ -115,15 +122,12 @@ async def test_the_order_of_identities_is_one_order(stage: Stage) -> None:
     for path, hint in hints.items():
         await stage.grant(path, hint=hint)
         await entitled(stage, path)
-    told = (await svids(stage).read()).svids
-    order = [each.spiffe_id.removeprefix(OWN) for each in told]
-    assert set(order) == set(hints)
-    assert [each.hint for each in told] == [hints[path] for path in order]
+    first = await next_with(svids(stage), list(hints))
+    order = paths_of(first)
     for _ in range(3):
-        await next_with(svids(stage), order)
-        tokens = (await jwts(stage, "x")).svids
-        assert [each.spiffe_id.removeprefix(OWN) for each in tokens] == order
-        assert [each.hint for each in tokens] == [hints[path] for path in order]
+        for message in (await next_with(svids(stage), list(hints)), await jwts(stage, "x")):
+            assert paths_of(message) == order
+            assert [each.hint for each in message.svids] == [hints[path] for path in order]
 
 
 async def test_a_revoked_svid_is_replaced_and_on_the_list(stage: Stage) -> None:
