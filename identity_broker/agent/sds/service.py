@@ -142,22 +142,23 @@ class SecretDiscovery:
         caller: Caller,
     ) -> AsyncIterator[Answer]:
         """The responses that a stream is owed, as its requests and the process's state change."""
+        # Not before the client asks: refused while it still writes, gRPC tells it nothing useful.
+        if (message := await anext(requests, None)) is None:
+            return
+        # The node stands in a stream's first request alone.
+        wishes = messages.wishes_of(message) or ClientWishes()
+        subscription.receive(read(message))
         state: WorkloadState | None = None
-        wishes: ClientWishes | None = None
         told: Answer | None = None
         both = _Either(requests, self._identities.watch(caller))
         async with aclosing(cast("Any", both.items())) as items:
             async for message, change in items:
                 state = change or state
                 if message is not None:
-                    # The node stands in a stream's first request alone.
-                    wishes = messages.wishes_of(message) or wishes or ClientWishes()
                     receipt = subscription.receive(read(message))
                     if receipt is Receipt.REFUSED:
                         self._log_refusal(message, told, caller)
-                if state is None or wishes is None:
-                    continue
-                if answer := subscription.owed(_resolver(state, wishes)):
+                if state is not None and (answer := subscription.owed(_resolver(state, wishes))):
                     told = answer
                     yield answer
 
