@@ -23,7 +23,7 @@ from typing import Any
 
 from identity_broker.cli.errors import FileUnusable, HookFailed, UsageRefused
 from identity_broker.cli.output import OutputFormat, distance, emit, say, to_document
-from identity_broker.cli.svid_writer import SvidFolder, svid_files
+from identity_broker.cli.svid_writer import SvidFile, SvidFolder, svid_files
 from identity_broker.domain.clock import SystemClock
 from identity_client.aio import IdentitySource
 from identity_client.credential import IdentitySnapshot
@@ -171,20 +171,21 @@ class _Deliverer:
     def __init__(self, delivery: Delivery, folder: SvidFolder | None) -> None:
         self.delivery = delivery
         self._folder = folder
-        self._delivered: tuple[int, tuple[bytes, ...]] = (0, ())
+        self._delivered: dict[str, SvidFile] = {}
 
     async def deliver(self, snapshot: IdentitySnapshot, crls: tuple[bytes, ...]) -> None:
-        """Deliver one generation, unless it was delivered before.
+        """Deliver one generation, unless no file would differ.
 
         Raises:
             FileUnusable, HookFailed.
         """
-        if (snapshot.revision, crls) == self._delivered:
-            return
+        wanted = svid_files(snapshot, crls)
+        if wanted == self._delivered:
+            return  # The keys of JWT-SVIDs have changed: no file has any.
         files: dict[str, str] = {}
         if self._folder is not None:
-            files = await asyncio.to_thread(self._folder.replace, svid_files(snapshot, crls))
-        self._delivered = snapshot.revision, crls
+            files = await asyncio.to_thread(self._folder.replace, wanted)
+        self._delivered = wanted
         exit_code = await self._run_hook()
         if self._folder is not None:
             self._folder.discard_old()
