@@ -38,7 +38,7 @@ GATHER = timedelta(milliseconds=20)
 _BACKDATE = timedelta(seconds=10)
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
-_LONGEST_RETRY_SECONDS = 30.0
+_MOST_DOUBLINGS = 5
 
 Listener = Callable[[tuple[bytes, ...]], object]
 
@@ -117,36 +117,42 @@ class RevocationLists:
 
     async def run(self) -> None:
         """Rebuild what is due until cancelled."""
-        failures = 0
+        failures = await self._attempt(0)
         while True:
-            patience = _LOOK_SECONDS
             if failures:
-                patience = min(_RETRY_SECONDS * 2 ** (failures - 1), _LONGEST_RETRY_SECONDS)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self._news.wait()
-            if self._news.is_set():
-                await asyncio.sleep(GATHER.total_seconds())
-            started = time.monotonic()
-            try:
-                rebuilt = await self.rebuild()
-            except BrokerError as error:
-                failures += 1
-                _log.warning(
-                    "revocation list not signed",
-                    reason=error.reason,
-                    detail=error.detail,
-                    attempt=failures,
-                )
-                continue
-            except Exception:  # noqa: BLE001  # a bug must not end the lists for good
-                failures += 1
-                _log.exception("revocation list not signed")
-                continue
-            failures = 0
-            if rebuilt:
+                # News does not hurry a key manager that is away.
+                await asyncio.sleep(_RETRY_SECONDS * 2 ** min(failures - 1, _MOST_DOUBLINGS))
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_SECONDS):
+                        await self._news.wait()
+                        await asyncio.sleep(GATHER.total_seconds())
+            started, before = time.monotonic(), self._current
+            failures = await self._attempt(failures)
+            if self._current is not before:
                 rest = self._pace().total_seconds() - (time.monotonic() - started)
                 await asyncio.sleep(max(rest, 0.0))
+
+    async def start(self) -> None:
+        """Make the first lists; what cannot be signed now is left to `run`."""
+        await self._attempt(0)
+
+    async def _attempt(self, failures: int) -> int:
+        """Rebuild what is due; return how many attempts have failed by now."""
+        try:
+            await self.rebuild()
+        except BrokerError as error:
+            _log.warning(
+                "revocation list not signed",
+                reason=error.reason,
+                detail=error.detail,
+                attempt=failures + 1,
+            )
+        except Exception:  # noqa: BLE001  # a bug must not end the lists for good
+            _log.exception("revocation list not signed")
+        else:
+            return 0
+        return failures + 1
 
     async def rebuild(self) -> bool:
         """Make the lists that are due; return whether any changed.

@@ -230,6 +230,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         bundle=lambda: signing.bundle,
         lists=lambda: revocation_lists.current,
     )
+    await revocation_lists.start()
     trust.listen(node_sync.bundle_changed)
     trust.listen(revocation_lists.wake)
     revocation_lists.listen(node_sync.lists_changed)
