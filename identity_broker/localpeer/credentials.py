@@ -27,21 +27,25 @@ _SO_PEERGROUPS: Final = 59
 _MOST_GROUP_BYTES: Final = 1024  # the most Python asks the kernel for: 256 groups
 _NO_GROUPS: Final = frozenset({errno.ENOPROTOOPT, errno.ENODATA, errno.EINVAL})
 _SO_PEERPIDFD: Final = 77
-_NO_PIDFD: Final = frozenset({errno.ENOPROTOOPT, errno.ENODATA, errno.EINVAL, errno.ESRCH})
+_NOBODY_LEFT: Final = frozenset({errno.ENODATA, errno.EINVAL, errno.ESRCH})
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectedProcess:
-    """A peer and, where the kernel gives one, its pidfd (owned: `close` it)."""
+    """A peer and, where the kernel gives one, its pidfd (owned: `close` it).
+
+    `had_ended`: the kernel gave none because the process is gone; its pid may be another's.
+    """
 
     peer: LocalPeer
     pidfd: int | None
+    had_ended: bool = False
 
     @property
     def is_alive(self) -> bool:
         """Whether the process still runs; True where the kernel gives no pidfd."""
         if self.pidfd is None:
-            return True
+            return not self.had_ended
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
@@ -65,7 +69,10 @@ def process_of(connection: socket.socket) -> ConnectedProcess:
     """
     who = peer_of(connection)
     peer = LocalPeer(who.pid, who.uid, who.gid, _groups_of(connection))
-    return ConnectedProcess(peer, _pidfd_of(connection))
+    try:
+        return ConnectedProcess(peer, _pidfd_of(connection))
+    except ProcessLookupError:
+        return ConnectedProcess(peer, None, had_ended=True)
 
 
 def peer_of(connection: socket.socket) -> LocalPeer:
@@ -95,6 +102,8 @@ def _pidfd_of(connection: socket.socket) -> int | None:
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as exc:
-        if exc.errno in _NO_PIDFD:
+        if exc.errno == errno.ENOPROTOOPT:  # before Linux 6.5
             return None
+        if exc.errno in _NOBODY_LEFT:  # until Linux 6.16, once it was waited for
+            raise ProcessLookupError(errno.ESRCH, "the peer has ended") from exc
         raise

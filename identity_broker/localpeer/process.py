@@ -104,6 +104,8 @@ class LiveProcess:
         if peer.pid == 0:
             connected.close()
             raise CallerUnknown(detail="its pid is 0: another PID namespace", uid=peer.uid)
+        if connected.had_ended:
+            raise _ended(peer.pid)
         pinned = connected.pidfd is not None
         pidfd = _open_pidfd(peer.pid) if connected.pidfd is None else connected.pidfd
         process = cls._held(peer, pidfd, pinned=pinned)
