@@ -20,7 +20,6 @@ from identity_broker.cli.errors import UsageRefused
 from identity_broker.cli.options import Invocation
 from identity_broker.cli.svid import _asking
 from identity_broker.cli.svid_fetch import parse_hook
-from identity_broker.dev.lifeline import tied_to_parent
 from identity_broker.dev.state import AgentAddresses, BrokerAddresses, DevState
 from identity_client.keys import spki_der
 from support.svid_watch import fetch_once, watching
@@ -351,9 +350,7 @@ async def test_a_full_disk_is_waited_out(
     """No file may grow beyond 64 bytes: to the writer, that is a disk that is full."""
     out = tmp_path / "svids"
     await api.say(domain.offer(domain.svid("/web")))
-    async with watching(
-        "--workload-api", address, "--write", str(out), preexec_fn=tied_to_parent()
-    ) as watch:
+    async with watching("--workload-api", address, "--write", str(out)) as watch:
         before = (await watch.document(1))["serial"]
         pid, unlimited = watch.process.pid, resource.RLIM_INFINITY
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (64, unlimited))

@@ -11,12 +11,11 @@ from time import monotonic
 from typing import Any
 
 import grpc
-from spiffe._proto import workload_pb2
 
 from identity_broker.agent.app import Agent, AgentAddresses, run_agent
 from identity_broker.config.agent_settings import AgentSettings
 from identity_broker.config.loading import load_agent
-from identity_client._wire.workload import SECURITY_METADATA, WorkloadApiStub
+from identity_client._wire.workload import SECURITY_METADATA, WorkloadApiStub, X509SVIDRequest
 from support.line import TRUST_DOMAIN, RunningBroker, node_id
 
 
@@ -80,7 +79,7 @@ class RunningAgent:
 
     def x509_stream(self) -> Any:
         """A FetchX509SVID call of this very process."""
-        return self.stub().FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=SECURITY_METADATA)
+        return self.stub().FetchX509SVID(X509SVIDRequest(), metadata=SECURITY_METADATA)
 
     async def fetch_x509(self) -> Any:
         """The first answer of a FetchX509SVID call."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from identity_broker.dev.lifeline import tied_to_parent
+# Ends with the tests, whatever ends them. Not preexec_fn: gRPC's own threads live in this
+# process, and its fork handlers may end the child before it is idb.
+_TIED = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+_IDB = (*_TIED, sys.executable, "-m", "identity_broker.cli.main")
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -74,13 +78,11 @@ async def watching(
 ) -> AsyncIterator[Watch]:
     """Run `idb svid fetch --watch -o json …`; stopped on the way out."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "identity_broker.cli.main"),
-        *("svid", "fetch", "--watch", "-o", "json", *arguments),
+        *(*_IDB, "svid", "fetch", "--watch", "-o", "json", *arguments),
         env=clean_environment(env),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        preexec_fn=options.pop("preexec_fn", None) or tied_to_parent(),
         **options,
     )
     watch = Watch(process)
@@ -95,7 +97,7 @@ async def fetch_once(
 ) -> tuple[int, str, str]:
     """Run `idb svid fetch …` to its end; return exit code, stdout and stderr."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "identity_broker.cli.main", "svid", "fetch", *arguments),
+        *(*_IDB, "svid", "fetch", *arguments),
         env=clean_environment(env),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

@@ -51,7 +51,8 @@ def connections() -> list[int]:
 
 def x509(uid: int, path: str) -> None:
     import grpc
-    from spiffe._proto.workload_pb2 import X509SVIDResponse
+
+    from identity_client._wire.workload import X509SVIDResponse
 
     become(uid)
     # Like any client that lives longer than a moment: it tries again.
