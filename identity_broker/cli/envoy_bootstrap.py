@@ -2,7 +2,8 @@
 
 - Inbound: mutual TLS from peers whose SPIFFE ID is named, plain to the application beside it.
   Outbound: plain from the application, mutual TLS to a peer whose SPIFFE ID is named.
-- Nobody is accepted unnamed: at least one SPIFFE ID each way.
+- Nobody is accepted unnamed: at least one SPIFFE ID each way. Their trust domains say whose
+  authorities count.
 - No key, certificate or authority stands in it, so it needs no file mode and never expires.
 """
 
@@ -63,6 +64,16 @@ class Address:
             return False
         return True
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine gets there."""
+        return self.host == "localhost" or (
+            self.is_ip and ipaddress.ip_address(self.host).is_loopback
+        )
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def document(self) -> dict[str, Any]:
         """As Envoy writes it."""
         return {"socket_address": {"address": self.host, "port_value": self.port}}
@@ -102,18 +113,26 @@ class Bootstrap:
         name: of the service, as the node's id.
         socket: path of the agent's Workload API socket.
         svid: which secret to present: "default", or a SPIFFE ID.
-        bundle: which authorities count: "ROOTCA", "ALL", or a trust domain.
+        check_revocation: whether a revoked peer of the own trust domain is refused; Envoy then
+            refuses everybody while it has no revocation list that is fresh.
         admin: where Envoy's admin interface listens, if at all.
     """
 
     name: str
     socket: str
     svid: str = "default"
-    bundle: str = "ROOTCA"
     protocol: Protocol = Protocol.HTTP
+    check_revocation: bool = False
     inbound: Inbound | None = None
     outbound: Outbound | None = None
     admin: Address | None = None
+
+    @property
+    def trusts_several(self) -> bool:
+        """Whether peers of more than one trust domain are named in one direction."""
+        peers = [self.inbound.accept if self.inbound else ()]
+        peers.append(self.outbound.expect if self.outbound else ())
+        return any(each and authorities_for(each) == "ALL" for each in peers)
 
     def document(self) -> dict[str, Any]:
         """The bootstrap."""
@@ -126,7 +145,10 @@ class Bootstrap:
             peer = self._cluster("peer", self.outbound.peer)
             peer["transport_socket"] = self._tls("UpstreamTlsContext", self.outbound.expect)
             clusters.append(peer)
-        document: dict[str, Any] = {"node": {"id": self.name, "cluster": self.name}}
+        node: dict[str, Any] = {"id": self.name, "cluster": self.name}
+        if self.check_revocation:
+            node["metadata"] = {"certificate_revocation_lists": True}
+        document: dict[str, Any] = {"node": node}
         if self.admin:
             document["admin"] = {"address": self.admin.document()}
         document["static_resources"] = {"listeners": listeners, "clusters": clusters}
@@ -189,6 +211,7 @@ class Bootstrap:
             config["set_current_client_cert_details"] = {"uri": True}
             # A certificate is checked when a connection opens: none is older than this.
             config["common_http_protocol_options"] = {"max_connection_duration": "3600s"}
+            config["http1_safe_max_connection_duration"] = True
         else:
             config["forward_client_cert_details"] = "SANITIZE"
         return {
@@ -237,7 +260,7 @@ class Bootstrap:
                         {"san_type": "URI", "matcher": {"exact": peer}} for peer in peers
                     ]
                 },
-                "validation_context_sds_secret_config": self._secret(self.bundle),
+                "validation_context_sds_secret_config": self._secret(authorities_for(peers)),
             },
         }
         return {
@@ -266,6 +289,12 @@ class Bootstrap:
                 },
             },
         }
+
+
+def authorities_for(peers: tuple[str, ...]) -> str:
+    """The secret with the authorities of the peers' trust domains: of one, or of all known."""
+    domains = {peer.removeprefix("spiffe://").partition("/")[0] for peer in peers}
+    return f"spiffe://{domains.pop()}" if len(domains) == 1 else "ALL"
 
 
 def _endpoint(name: str, address: dict[str, Any]) -> dict[str, Any]:

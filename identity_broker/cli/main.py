@@ -41,6 +41,9 @@ SECTIONS = {
         "credential": LazyCommand("credential", "credential", "See the ledger and revoke."),
         "authority": LazyCommand("authority", "authority", "See the signing authorities."),
         "bundle": LazyCommand("bundle", "bundle", "Show what the trust domain verifies with."),
+        "envoy": LazyCommand(
+            "envoy", "envoy", "Configure Envoys that take their identity from the node agent."
+        ),
     },
     "Shell": {
         "completion": LazyCommand("completion", "completion", "Print a shell completion script."),
