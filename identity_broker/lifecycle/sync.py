@@ -249,7 +249,7 @@ class NodeSync:
         return touched
 
     def _regrouped(self, groups: Iterable[SpiffeId]) -> list[NodeStream]:
-        """Move the nodes that joined or left these groups; return their streams."""
+        """Move the nodes that joined or left these groups; return whose entries that changed."""
         changed = frozenset(groups)
         entries = [group for group in self._directory.groups() if group.spiffe_id in changed]
         moved = []
@@ -274,16 +274,20 @@ class NodeSync:
         return [stream for stream in streams if self._move(stream, parents)]
 
     def _move(self, stream: NodeStream, parents: frozenset[SpiffeId]) -> bool:
+        """Put the node below these parents; return whether that is news to it."""
         before, stream.parents = stream.parents, parents
+        news = False
         for parent in before - parents:
             for entry in self._told_of(parent):
                 stream.waiting.drop(entry.id)
+                news = True
             self._leave(stream, parent)
         for parent in parents - before:
             for entry in self._told_of(parent):
                 stream.waiting.put(entry)
+                news = True
             self._join(stream, parent)
-        return parents != before
+        return news
 
     # --- the index by parent ----------------------------------------------------------------------
 
