@@ -218,18 +218,21 @@ class DevDirectory:
     def admin_socket(self) -> Path:
         """Where the broker's admin socket goes: here, or where its path is short enough."""
         path = self.broker_data / "admin.sock"
-        return path if _fits(path) else self._elsewhere() / "admin.sock"
+        return path if _fits(path) else self._elsewhere("broker", 0o700) / "admin.sock"
 
     def agent_sockets(self) -> Path:
         """Where the agent's sockets go: a directory that every user may pass through."""
         path = self.path / "run"
-        return path if _fits(path / "workload.sock") else self._elsewhere()
+        return path if _fits(path / "workload.sock") else self._elsewhere("agent", 0o755)
 
-    def _elsewhere(self) -> Path:
+    def _elsewhere(self, part: str, mode: int) -> Path:
         if self._runtime is None:
             self._runtime = Path(tempfile.mkdtemp(prefix="idb-dev-"))
             self._runtime.chmod(0o711)
-        return self._runtime
+        path = self._runtime / part
+        path.mkdir(exist_ok=True)
+        path.chmod(mode)
+        return path
 
     def _store(self, settings: DevSettings) -> None:
         document = {

@@ -66,23 +66,55 @@ def make_entry(broker: DevBroker) -> None:
     assert made.code == 0, made.err
 
 
+def assert_others_reach_the_workload_api_alone(directory: Path, workload_api: str) -> None:
+    """Every user may pass through; nothing else is readable, nor can be listed."""
+    socket_path = Path(workload_api.removeprefix("unix://"))
+    assert stat.S_IMODE(socket_path.stat().st_mode) == 0o666
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o711
+    for path in directory.iterdir():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert path == socket_path.parent or not mode & 0o077, f"{path.name} is open: {mode:o}"
+
+
+def test_the_agent_is_a_node_again_without_a_new_token(tmp_path: Path) -> None:
+    directory = tmp_path / "dev"
+    with run_dev(directory, *LOCAL) as broker:
+        made = broker.idb(
+            *("entry", "create", "--id", "mine", "--spiffe-id", "/mine"),
+            *("--selector", f"unix:uid:{os.getuid()}", "--wait"),
+        )
+        assert made.code == 0, made.err
+        fetched = broker.idb("svid", "fetch", "-o", "json")
+        assert fetched.code == 0, fetched.err
+        assert fetched.json["spiffe_id"] == "spiffe://dev.example.org/mine"
+        before = (directory / "agent.token").read_text()
+    with run_dev(directory, *LOCAL) as broker:
+        assert (directory / "agent.token").read_text() != before
+        assert broker.idb("svid", "fetch", "-o", "json").json["spiffe_id"].endswith("/mine")
+        log = (directory / "agent.log").read_text()
+        assert log.count("node attested") == 1, "the second start spent a token"
+
+
 @pytest.mark.openbao
 @pytest.mark.slow
 def test_a_real_openbao_and_a_second_start_that_resumes(tmp_path: Path) -> None:
     directory = tmp_path / "dev"
     with run_dev(directory) as broker:
         document = json.loads((directory / FILE_NAME).read_text())
-        assert set(document) == {"trust_domain", "broker", "openbao", "bundle_file", "pid"}
+        assert set(document) == {
+            *("trust_domain", "broker", "openbao", "bundle_file", "pid", "workload_api", "agent")
+        }
+        assert document["agent"]["node_id"].endswith("/idb/node/join_token/dev-agent")
         assert set(document["broker"]) == {
             *("address", "bootstrap_address", "admin_socket", "http_address")
         }
         assert document["pid"] == broker.process.pid
         assert document["openbao"]["address"].startswith("http://127.0.0.1:")
         assert "BEGIN CERTIFICATE" in Path(document["bundle_file"]).read_text()
-        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert_others_reach_the_workload_api_alone(directory, document["workload_api"])
         assert stat.S_IMODE((directory / FILE_NAME).stat().st_mode) == 0o600
         tree = children(broker.process.pid)
-        assert len(tree) == 2
+        assert len(tree) == 3
         make_entry(broker)
         before = identities(broker)
         authority = next(iter(broker.admin.authorities.list()))
@@ -118,17 +150,21 @@ def test_a_second_dev_conflicts_and_harms_nothing(dev_broker: DevBroker) -> None
     assert (dev_broker.directory / FILE_NAME).exists()
 
 
-def test_a_killed_broker_ends_the_tree_and_the_next_start_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "title"), [("server", "broker"), ("agent", "agent")])
+def test_a_killed_part_ends_the_tree_and_the_next_start_resumes(
+    part: str, title: str, tmp_path: Path
+) -> None:
     directory = tmp_path / "dev"
     with run_dev(directory, *LOCAL, "--trust-domain", "kill.example") as broker:
         make_entry(broker)
         before = identities(broker)
-        ((pid, command),) = children(broker.process.pid).items()
-        assert "server run" in command
+        tree = children(broker.process.pid)
+        (pid,) = (pid for pid, command in tree.items() if f"{part} run" in command)
         os.kill(pid, signal.SIGKILL)
         assert broker.process.wait(10) == 6
         said = broker.out.read_text()
-        assert "the broker ended with signal 9" in said
+        assert f"the {title} ended with signal 9" in said
+        assert all_gone(list(tree))
         assert "DEV_CHILD_ENDED" in said
         assert not (directory / FILE_NAME).exists()
     # Nothing runs, and the CLI says how to start it.
@@ -139,9 +175,9 @@ def test_a_killed_broker_ends_the_tree_and_the_next_start_resumes(tmp_path: Path
     with run_dev(directory) as broker:
         assert identities(broker) == before
         assert broker.state.trust_domain == "kill.example"
-        tree = list(children(broker.process.pid))
+        pids = list(children(broker.process.pid))
         broker.stop(signal.SIGKILL)
-        assert all_gone(tree)
+        assert all_gone(pids)
         assert (directory / FILE_NAME).exists()  # stale: nobody was left to remove it
         down = run_idb("--dir", str(directory), "entry", "list")
         assert down.code == 6
@@ -157,6 +193,9 @@ def test_a_directory_too_deep_for_a_socket(tmp_path: Path) -> None:
         socket = Path(broker.state.broker.admin_socket)
         assert not socket.is_relative_to(directory)
         assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+        workload_api = Path(broker.state.workload_api.removeprefix("unix://"))
+        assert stat.S_IMODE(workload_api.stat().st_mode) == 0o666
+        assert workload_api.is_relative_to(socket.parent.parent)
         assert broker.idb("authority", "list").code == 0
         assert broker.stop(signal.SIGINT) == 0
         assert not socket.parent.exists()
