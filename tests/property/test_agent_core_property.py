@@ -253,9 +253,8 @@ def test_the_mirror_is_the_broker_s_state_or_asks_for_it(data: st.DataObject) ->
             missed = known != broker.before or before.revision != next_update.previous
             try:
                 changed = mirror.apply(next_update, tick=0.0)
-            except OutOfStep as exc:
+            except OutOfStep:
                 assert missed
-                assert exc.mismatch in {Mismatch.GAP, Mismatch.DIGEST}
                 assert mirror.position == before
                 mirror.apply(broker.full(), tick=0.0)
             else:
