@@ -263,7 +263,6 @@ def test_entries_that_cannot_be(
         ["entry", "update", "e-1"],
         ["credential", "revoke"],
         ["credential", "revoke", "abc", "--spiffe-id", "/a"],
-        ["svid", "fetch", "--spiffe-id", "/a"],
         ["--address", "127.0.0.1:1", "entry", "list"],
     ],
     ids=" ".join,

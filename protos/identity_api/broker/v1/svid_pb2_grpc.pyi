@@ -35,8 +35,9 @@ class SvidStub:
     """Issues X.509-SVIDs from CSRs, in order, each with its own status. A CSR proves possession of
     its key and contributes that key alone: the names come from the entry.
     Callers: node. Retry: safe (each success is one more credential in the ledger).
-    Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
-    LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
+    Reasons, per item: MALFORMED_REQUEST (instance), ENTRY_NOT_AUTHORIZED, CSR_REJECTED,
+    KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
+    AUTHORITY_UNAVAILABLE.
     Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
     CREDENTIAL_REVOKED.
     """
@@ -54,8 +55,9 @@ class SvidAsyncStub(SvidStub):
     """Issues X.509-SVIDs from CSRs, in order, each with its own status. A CSR proves possession of
     its key and contributes that key alone: the names come from the entry.
     Callers: node. Retry: safe (each success is one more credential in the ledger).
-    Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
-    LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
+    Reasons, per item: MALFORMED_REQUEST (instance), ENTRY_NOT_AUTHORIZED, CSR_REJECTED,
+    KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
+    AUTHORITY_UNAVAILABLE.
     Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
     CREDENTIAL_REVOKED.
     """
@@ -76,8 +78,9 @@ class SvidServicer(metaclass=_abc_1.ABCMeta):
         """Issues X.509-SVIDs from CSRs, in order, each with its own status. A CSR proves possession of
         its key and contributes that key alone: the names come from the entry.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
-        Reasons, per item: ENTRY_NOT_AUTHORIZED, CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION,
-        LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
+        Reasons, per item: MALFORMED_REQUEST (instance), ENTRY_NOT_AUTHORIZED, CSR_REJECTED,
+        KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
+        AUTHORITY_UNAVAILABLE.
         Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
         CREDENTIAL_REVOKED.
         """
