@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from identity_api.broker.v1 import node_sync_pb2, node_sync_pb2_grpc
-from identity_client.admin import AdminClient, UnixTarget
+from identity_client.admin import AdminClient, Applied, UnixTarget, client
 from identity_client.errors import RequestRejected
 from support.broker import Ran, run_idb
 from support.line import RunningBroker, node_id, running, settings_in
@@ -165,7 +165,7 @@ async def test_what_failed_is_the_commands_failure_whatever_the_wait_says(
 
 
 async def test_the_admin_client_waits_for_many_and_says_who_is_late(local: RunningBroker) -> None:
-    def wait(names: list[str], milliseconds: int):
+    def wait(names: list[str], milliseconds: int) -> Applied:
         with AdminClient(UnixTarget(local.addresses.admin_socket)) as admin:
             return admin.nodes.wait_applied(
                 [node_id(name) for name in names], timeout=timedelta(milliseconds=milliseconds)
@@ -186,3 +186,20 @@ async def test_the_admin_client_waits_for_many_and_says_who_is_late(local: Runni
         assert found.pending == (node_id("web-2"),)
         with pytest.raises(RequestRejected):
             await asyncio.to_thread(wait, ["/not a name/"], 200)
+
+
+async def test_a_long_wait_is_made_of_calls_that_a_broker_takes(
+    local: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_AWAIT_SECONDS", 0.2)
+
+    def wait() -> Applied:
+        with AdminClient(UnixTarget(local.addresses.admin_socket)) as admin:
+            return admin.nodes.wait_applied([node_id("web-1")], timeout=timedelta(seconds=20))
+
+    waiting = asyncio.create_task(asyncio.to_thread(wait))
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    async with following(local, "web-1"):
+        found = await waiting
+    assert (found.applied, found.pending) == ((node_id("web-1"),), ())
