@@ -6,22 +6,32 @@
 
 - Knows no gRPC: what serves behind it is the caller's.
 - The inner socket lies in a directory of mode 0700 beside the outer one; both go at the end.
+- There are descriptors for as many connections as are let in: whoever opens too many is turned
+  away, and takes no descriptor from the others.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Final, Generic, TypeVar, cast
 
 from identity_broker.errors import ConfigError, InvariantViolated
 from identity_broker.localpeer.endpoint import ADMIN_SOCKET, MAX_PATH_BYTES, Naming, open_endpoint
 from identity_broker.localpeer.splice import DEFAULT_CONNECTIONS, Peer, Splice
+from identity_broker.telemetry.logs import get_logger
+
+_log = get_logger("localpeer")
+# The two ends of ours, the server's, the pidfd and the directory under /proc.
+_DESCRIPTORS_EACH: Final = 5
+_DESCRIPTORS_BESIDE: Final = 1024  # for other doors, the store, clients; better than
+_FEWEST_BESIDE: Final = 256
 
 P = TypeVar("P", bound=Peer)
 
@@ -131,11 +141,13 @@ class LocalDoor(Generic[P]):
         except BaseException:
             endpoint.close()
             raise
+        limit = _room_for(self._limit)
+        per_uid = self._limit if self._limit_per_uid is None else self._limit_per_uid
         self._splice = Splice(
             endpoint,
             inner,
-            limit=self._limit,
-            limit_per_uid=self._limit_per_uid,
+            limit=limit,
+            limit_per_uid=max(1, per_uid * limit // self._limit),
             identify=self._identify,
             presence=self._presence,
             on_count=self._on_count,
@@ -184,3 +196,18 @@ class LocalDoor(Generic[P]):
         return ConfigError(
             f"the {self._naming.server} cannot make {path}: {(exc.strerror or str(exc)).lower()}"
         )
+
+
+def _room_for(connections: int) -> int:
+    """Raise this process's limit of descriptors, as far as it may; how many connections fit."""
+    needed = connections * _DESCRIPTORS_EACH + _DESCRIPTORS_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft >= needed:
+        return connections
+    room = max(1, (soft - _FEWEST_BESIDE) // _DESCRIPTORS_EACH)
+    _log.warning("few descriptors, so fewer local connections", count=room)
+    return room
