@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 
 from identity_api.broker.v1 import credential_pb2, svid_pb2
-from identity_broker.server.app import BoundAddresses
 from support.crashing_broker import POINTS
+from support.dying_broker import child
 from support.line import (
     AttestedClient,
     RunningBroker,
@@ -26,7 +22,6 @@ from support.line import (
     settings_in,
 )
 
-SCRIPT = Path(__file__).parents[1] / "support" / "crashing_broker.py"
 IDENTITY = "spiffe://example.org/payments/api"
 KNOWN_STATES = {
     credential_pb2.CREDENTIAL_STATE_INTENT,
@@ -35,35 +30,6 @@ KNOWN_STATES = {
     credential_pb2.CREDENTIAL_STATE_SUPERSEDED,
     credential_pb2.CREDENTIAL_STATE_REVOKED,
 }
-
-
-@asynccontextmanager
-async def child(directory: Path, point: str, count: int = 1) -> AsyncIterator[RunningBroker]:
-    """A broker in a process of its own that dies at `point`."""
-    settings = settings_in(directory)
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(SCRIPT),
-        str(directory),
-        point,
-        str(count),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env=environment,
-    )
-    try:
-        assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), 30)
-        assert line, "the broker did not start"
-        told = json.loads(line)
-        addresses = BoundAddresses(**{**told, "admin_socket": Path(told["admin_socket"])})
-        async with AsyncExitStack() as resources:
-            yield RunningBroker(addresses, settings, resources)
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 20)
 
 
 @asynccontextmanager
