@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from identity_api.broker.v1 import entry_pb2, entry_pb2_grpc
@@ -34,6 +35,16 @@ async def on(broker: RunningBroker, node: AttestedClient) -> AttestedClient:
     return AttestedClient(broker, node.key, node.svid, await broker.mtls(node.key, node.svid))
 
 
+async def _knows(node: AttestedClient) -> bool:
+    """Whether that broker has heard of the node by now."""
+    try:
+        await node.entries.ListAuthorized(entry_pb2.ListAuthorizedRequest())
+    except grpc.aio.AioRpcError as error:
+        assert reason_of(error) == "NODE_UNKNOWN"
+        return False
+    return True
+
+
 async def test_a_change_through_one_broker_reaches_the_nodes_of_another(
     tmp_path: Path, postgres_url: str
 ) -> None:
@@ -43,6 +54,9 @@ async def test_a_change_through_one_broker_reaches_the_nodes_of_another(
     ):
         node = await one.join("web-1")
         elsewhere = await on(two, node)
+        async with asyncio.timeout(5):
+            while not await _knows(elsewhere):
+                await asyncio.sleep(0.05)
         async with following(elsewhere) as follower:
             state = follower.state
             reading = asyncio.ensure_future(follower.update())
@@ -97,7 +111,7 @@ async def test_what_may_be_stale_is_not_sent(
                         try:
                             await broker.entry("/later", "web-1")
                             break
-                        except Exception:
+                        except grpc.aio.AioRpcError:
                             await asyncio.sleep(0.2)
                 await follower.until(lambda state: "later" in state.paths)
     finally:
