@@ -19,6 +19,8 @@ pytest_plugins: list[str] = [
     "support.store",
     "support.verbs",
     "support.workload_api",
+    "support.workload_contract",
+    "support.envoy",
     "support.sds",  # after what it imports, whose asserts pytest rewrites first
 ]
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 from cryptography import x509
 from google.protobuf import json_format
 
@@ -24,16 +21,10 @@ from identity_client._wire.workload import (
     X509SVIDRequest,
 )
 from support.workload_api import header, refusal, refused_as
-from support.workload_contract import Stage, fake_stage, real_stage
+from support.workload_contract import Stage
 
 DENIED = (grpc.StatusCode.PERMISSION_DENIED, "NO_IDENTITY")
 OWN = "spiffe://example.org"
-
-
-@pytest.fixture(params=[fake_stage, real_stage], ids=["stand-in", "agent"])
-async def stage(request: pytest.FixtureRequest, open_directory: Path) -> AsyncIterator[Stage]:
-    async with request.param(open_directory) as found:
-        yield found
 
 
 def svids(stage: Stage) -> Any:

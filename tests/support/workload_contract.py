@@ -6,22 +6,32 @@ A `Stage` lets a test register, withdraw and revoke for its own process, and ask
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
+
 from identity_api.broker.v1 import entry_pb2, entry_pb2_grpc, types_pb2
-from support.agent import running_agent
+from support.agent import RunningAgent, running_agent
 from support.line import RunningBroker, running, settings_in
-from support.workload_api import served
-from support.workload_identities import FakeIdentities, Grant, user
+from support.workload_api import ServedWorkloadApi, served
+from support.workload_identities import Grant, user
 
 
 class Stage(Protocol):
     """A Workload API with its levers."""
 
-    def stub(self) -> Any: ...
+    @property
+    def address(self) -> str:
+        """As in SPIFFE_ENDPOINT_SOCKET."""
+        ...
+
+    @property
+    def stub(self) -> Callable[[], Any]:
+        """Makes the standard's calls, over a connection of their own."""
+        ...
 
     async def grant(self, path: str, *, mine: bool = True, hint: str = "") -> Any:
         """Register for this test's user, or for somebody else's."""
@@ -37,9 +47,10 @@ class Stage(Protocol):
 class FakeStage:
     """Over `FakeIdentities`."""
 
-    def __init__(self, stub: Any, identities: FakeIdentities) -> None:
-        self.stub = stub
-        self._identities = identities
+    def __init__(self, api: ServedWorkloadApi) -> None:
+        self.address = api.address
+        self.stub = api.stub
+        self._identities = api.identities
 
     async def grant(self, path: str, *, mine: bool = True, hint: str = "") -> Grant:
         uid = os.getuid() if mine else os.getuid() + 1
@@ -58,8 +69,9 @@ class FakeStage:
 class RealStage:
     """Over a whole agent, joined to a whole broker."""
 
-    def __init__(self, stub: Any, broker: RunningBroker) -> None:
-        self.stub = stub
+    def __init__(self, agent: RunningAgent, broker: RunningBroker) -> None:
+        self.address = agent.workload_api
+        self.stub = agent.stub
         self._broker = broker
 
     async def grant(
@@ -80,7 +92,7 @@ class RealStage:
 @asynccontextmanager
 async def fake_stage(directory: Path) -> AsyncIterator[Stage]:
     async with served(directory) as api:
-        yield FakeStage(api.stub, api.identities)
+        yield FakeStage(api)
 
 
 @asynccontextmanager
@@ -90,4 +102,11 @@ async def real_stage(directory: Path) -> AsyncIterator[Stage]:
         running(settings) as broker,
         running_agent(broker, directory / "agent") as agent,
     ):
-        yield RealStage(agent.stub, broker)
+        yield RealStage(agent, broker)
+
+
+@pytest.fixture(params=[fake_stage, real_stage], ids=["stand-in", "agent"])
+async def stage(request: pytest.FixtureRequest, open_directory: Path) -> AsyncIterator[Stage]:
+    """A Workload API on which this process has no identity yet."""
+    async with request.param(open_directory) as found:
+        yield found

@@ -173,14 +173,24 @@ class FakeIdentities:
         self.rotate(grant)
         return serial
 
-    def rotate_authority(self) -> None:
-        """A second root, intermediate and JWT key; everything is issued again by them."""
+    def prepare_authority(self) -> None:
+        """Publish a second root, intermediate and JWT key, which sign nothing yet."""
         self._generation += 1
-        self._authorities.insert(
-            0, _Authorities(self.trust_domain, self._generation, self.clock.now())
+        self._authorities.append(
+            _Authorities(self.trust_domain, self._generation, self.clock.now())
         )
         self._crls = self._signed_crls()
+        self.announce()
+
+    def activate_authority(self) -> None:
+        """Issue everything again with the authority that was prepared last."""
+        self._authorities.insert(0, self._authorities.pop())
         self.rotate()
+
+    def rotate_authority(self) -> None:
+        """Both at once, as no broker would do it while peers look on."""
+        self.prepare_authority()
+        self.activate_authority()
 
     def retire_authorities(self) -> None:
         """Take all authorities but the newest out of the bundle."""
