@@ -18,10 +18,11 @@ from identity_ca.authority import AuthorityKind
 from support import repository
 
 # SPIFFE-ID.md, X509-SVID.md, JWT-SVID.md, SPIFFE_Trust_Domain_and_Bundle.md: how many clauses each
-# has that say something about an issuer, a validator or a bundle.
+# has that say something about an issuer, a validator or a bundle. SPIFFE_Workload_Endpoint.md and
+# SPIFFE_Workload_API.md: about the agent that serves it and the client that asks.
 CLAUSES = {
     f"{document}-{number}"
-    for document, last in (("ID", 10), ("X", 15), ("J", 13), ("TB", 8))
+    for document, last in (("ID", 10), ("X", 15), ("J", 13), ("TB", 8), ("EP", 11), ("API", 20))
     for number in range(1, last + 1)
 }
 
