@@ -28,7 +28,7 @@ from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.renewals import Renewals
 from identity_broker.agent.svids import Svids
 from identity_broker.agent.tokens import Tokens
-from identity_broker.agent.workload_api.limits import CallerLimits
+from identity_broker.agent.workload_api.limits import CallerLimits, Limits
 from identity_broker.agent.workload_api.service import WorkloadApi
 from identity_broker.attestors.workload.attestation import Attestation
 from identity_broker.attestors.workload.plugins import build_attestors
@@ -238,7 +238,10 @@ class Agent:
     # --- inside -------------------------------------------------------------------------------
 
     async def _open_doors(self, resources: AsyncExitStack) -> None:
-        limits = CallerLimits()
+        workloads = self._settings.workloads
+        limits = CallerLimits(
+            Limits(calls_per_second=workloads.calls_per_second, burst=workloads.calls_at_once)
+        )
         with_sds = sds.available()
         other: tuple[str, ...] = ()
         faces: list[Any] = []

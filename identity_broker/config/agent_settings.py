@@ -157,6 +157,12 @@ class WorkloadsSection(Section):
     connections_per_user: Connections = Field(
         default=1024, description="Most connections of one user."
     )
+    calls_per_second: Count = Field(
+        default=500,
+        description="Most calls of one process, streams being opened included; all processes of "
+        "one user together may make four times as many.",
+    )
+    calls_at_once: Count = Field(default=1_000, description="Most calls of one process at once.")
     x509_svids: Count = Field(
         default=1_000,
         description="Most X.509-SVIDs held that nobody watches; as long as all entries fit, they "
