@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from identity_api.broker.v1 import credential_pb2, node_sync_pb2, types_pb2
-from identity_client.attestation import JoinTokenAttestor
-from identity_client.errors import BrokerUnavailable, LimitReached, NotPermitted
+from identity_client.errors import BrokerUnavailable, LimitReached
 from identity_client.node import (
     NodeKeeper,
     NodePhase,
@@ -24,10 +22,10 @@ from identity_client.node import (
     SyncLost,
     SyncPosition,
     SyncUpdate,
-    entry_digest,
 )
 from identity_client.testing import FakeTrustDomain
 from support.client import until
+from support.node import Held, kept_node
 from support.sync_server import (
     Script,
     Session,
@@ -35,7 +33,7 @@ from support.sync_server import (
     delta,
     digest_of,
     entry,
-    kept_node,
+    says,
     sync_server,
 )
 
@@ -43,63 +41,17 @@ X509 = credential_pb2.CREDENTIAL_KIND_X509
 A, B, C = entry("a"), entry("b"), entry("c")
 
 
-class Mirror:
-    """What a node holds: applies updates as the protocol says, and checks each digest."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, SyncedEntry] = {}
-        self.revision = 0
-        self.updates: list[SyncUpdate] = []
-        self.losses: list[SyncLost] = []
-
-    @property
-    def position(self) -> SyncPosition:
-        return SyncPosition(self.revision, self.digest)
-
-    @property
-    def digest(self) -> int:
-        digest = 0
-        for one in self.entries.values():
-            digest ^= entry_digest(one.id, one.revision)
-        return digest
-
-    def apply(self, update: SyncUpdate) -> None:
-        if update.full:
-            self.entries = {}
-        else:
-            assert update.previous == self.revision
-        for entry_id in update.removed_ids:
-            del self.entries[entry_id]
-        self.entries |= {one.id: one for one in update.entries}
-        assert self.digest == update.entries_digest
-        self.revision = update.revision
-        self.updates.append(update)
-
-    async def run(self, keeper: NodeKeeper) -> None:
-        async with aclosing(keeper.follow(lambda: self.position)) as events:
-            async for event in events:
-                if isinstance(event, SyncLost):
-                    self.losses.append(event)
-                else:
-                    self.apply(event)
-                    await event.ack()
-
-    @property
-    def reasons(self) -> list[str]:
-        return [lost.error.reason for lost in self.losses]
-
-
 @asynccontextmanager
 async def following(
     *scripts: Script, **changes: Any
-) -> AsyncIterator[tuple[SyncServer, NodeKeeper, Mirror]]:
+) -> AsyncIterator[tuple[SyncServer, NodeKeeper, Held]]:
     """A node that follows a server with these scripts."""
     options = {"dice": changes.pop("dice")} if "dice" in changes else {}
     async with (
         sync_server(*scripts) as site,
         kept_node(site.settings(**changes), **options) as keeper,
     ):
-        mirror = Mirror()
+        mirror = Held()
         task = asyncio.create_task(mirror.run(keeper))
         try:
             yield site, keeper, mirror
@@ -107,17 +59,6 @@ async def following(
             await keeper.close()
             # The iteration ends by itself, and whatever failed in it fails the test.
             await asyncio.wait_for(task, 10)
-
-
-def says(*messages: node_sync_pb2.SyncResponse | bytes) -> Script:
-    """Says these, and then nothing more."""
-
-    async def script(session: Session) -> None:
-        for message in messages:
-            await session.send(message)
-        await session.hang()
-
-    return script
 
 
 async def refuses(session: Session) -> None:
@@ -160,7 +101,7 @@ async def test_everything_a_message_holds_arrives() -> None:
             )
         )
         async with kept_node(site.settings(version="1.2.3 " + "é" * 40)) as keeper:
-            mirror = Mirror()
+            mirror = Held()
             task = asyncio.create_task(mirror.run(keeper))
             await until(lambda: len(mirror.updates) == 2)
             full, beat = mirror.updates
@@ -237,7 +178,7 @@ async def test_a_stream_cut_at_any_message_is_taken_up_where_the_node_stands(cut
 
         site.scripts = [first, second]
         async with kept_node(site.settings()) as keeper:
-            mirror = Mirror()
+            mirror = Held()
             task = asyncio.create_task(mirror.run(keeper))
             await until(lambda: mirror.revision == 10 and len(site.sessions) == 2)
             assert mirror.reasons == ["BROKER_STOPPING"]
@@ -310,18 +251,9 @@ async def test_what_cannot_be_read_ends_the_stream_and_nothing_of_it_is_kept() -
         states: list[list[str]] = []
         async with kept_node(site.settings(), dice=lambda: 0.0) as keeper:
             trusted = keeper.bundle
-            mirror = Mirror()
-
-            async def run() -> None:
-                async with aclosing(keeper.follow(lambda: mirror.position)) as events:
-                    async for event in events:
-                        if isinstance(event, SyncLost):
-                            mirror.losses.append(event)
-                            states.append(sorted(mirror.entries))
-                        else:
-                            mirror.apply(event)
-
-            task = asyncio.create_task(run())
+            mirror = Held()
+            note = lambda: states.append(sorted(mirror.entries))  # noqa: E731
+            task = asyncio.create_task(mirror.run(keeper, note))
             await until(lambda: len(site.sessions) == len(hostile) + 1, 30)
             await until(lambda: len(mirror.updates) == len(hostile) + 1)
             assert set(mirror.reasons) == {"PROTOCOL_VIOLATION", "SYNC_GAP"}
@@ -339,7 +271,7 @@ async def test_what_cannot_be_read_ends_the_stream_and_nothing_of_it_is_kept() -
 
 async def test_a_change_is_no_beginning() -> None:
     async with following(says(delta(0, 3)), says(delta(0, 0))) as (site, _, mirror):
-        await until(lambda: len(mirror.losses) == 2)
+        await until(lambda: len(mirror.reasons) == 2)
         assert mirror.reasons == ["SYNC_GAP", "SYNC_GAP"]
         assert mirror.revision == 0
         assert not mirror.updates
@@ -351,7 +283,7 @@ async def test_a_full_state_in_the_middle_of_a_change_replaces_it() -> None:
         half = node_sync_pb2.SyncResponse(revision=6, previous=5, changed=[C], removed_ids=["a"])
         site.scripts = [says(site.full(5, [A]), half, site.full(7, [A, B]))]
         async with kept_node(site.settings()) as keeper:
-            mirror = Mirror()
+            mirror = Held()
             task = asyncio.create_task(mirror.run(keeper))
             await until(lambda: mirror.revision == 7)
             assert sorted(mirror.entries) == ["a", "b"]
@@ -369,19 +301,19 @@ async def test_large_messages_arrive_and_huge_ones_end_the_stream() -> None:
             says(delta(5, 6, removed_ids=["e0"], entries_digest=digest_of(large[1:]))),
         ]
         async with kept_node(site.settings()) as keeper:
-            mirror = Mirror()
+            mirror = Held()
             task = asyncio.create_task(mirror.run(keeper))
             await until(lambda: mirror.revision == 6, 30)
             assert len(mirror.entries) == len(large) - 1
-            assert len(mirror.losses) == 1
-            assert isinstance(mirror.losses[0].error, LimitReached)
+            assert len(mirror.reasons) == 1
+            assert isinstance(mirror.losses[0], LimitReached)
             await keeper.close()
             await task
 
 
 async def test_silence_is_a_broken_stream() -> None:
     async with following(says(), longest_silence=0.3) as (site, keeper, mirror):
-        await until(lambda: len(mirror.losses) >= 2)
+        await until(lambda: len(mirror.reasons) >= 2)
         assert set(mirror.reasons) == {"STREAM_SILENT"}
         error = keeper.status.last_error
         assert error is not None
@@ -395,7 +327,7 @@ async def test_a_stream_that_ends_in_peace_is_opened_again() -> None:
         pass
 
     async with following(ends) as (_, _, mirror):
-        await until(lambda: len(mirror.losses) >= 2)
+        await until(lambda: len(mirror.reasons) >= 2)
         assert set(mirror.reasons) == {"STREAM_ENDED"}
 
 
@@ -416,7 +348,7 @@ async def test_many_nodes_do_not_come_back_together() -> None:
 
         site.scripts = [first, second]
         async with kept_node(site.settings(), dice=lambda: 0.5) as keeper:
-            mirror = Mirror()
+            mirror = Held()
             task = asyncio.create_task(mirror.run(keeper))
             await until(lambda: len(opened) == 2)
             assert 0.7 < opened[1] - opened[0] < 1.4
@@ -458,13 +390,13 @@ async def test_resync_from_elsewhere_ends_a_quiet_stream() -> None:
     async with sync_server() as site:
         site.scripts = [says(site.full(5, [A])), says(site.full(6, [A, B]))]
         async with kept_node(site.settings()) as keeper:
-            mirror = Mirror()
+            mirror = Held()
             task = asyncio.create_task(mirror.run(keeper))
             await until(lambda: mirror.revision == 5)
             await asyncio.sleep(0.1)
             keeper.resync()
             await until(lambda: mirror.revision == 6)
-            assert not mirror.losses
+            assert not mirror.reasons
             await keeper.close()
             await task
 
@@ -497,98 +429,3 @@ async def test_an_acknowledgement_of_a_lost_stream_does_no_harm() -> None:
                     if len(held) == 2:
                         break
             await until(lambda: site.sessions[1].acks == [6])
-
-
-async def test_a_banned_node_says_so_at_once_and_comes_back_when_it_may() -> None:
-    banned = NotPermitted("the node is banned", reason="NODE_BANNED")
-    async with sync_server() as site:
-
-        async def first(session: Session) -> None:
-            await session.send(site.full(5))
-            await session.refuse(banned, grpc.StatusCode.PERMISSION_DENIED)
-
-        site.scripts = [first, says(delta(5, 6))]
-        site.refuse_renewal = (banned, grpc.StatusCode.PERMISSION_DENIED)
-        seen: list[NodePhase] = []
-        keepers: list[NodeKeeper] = []
-        notice: Callable[[], None] = lambda: seen.append(keepers[0].status.phase)  # noqa: E731
-        async with kept_node_noting(site, keepers, notice) as keeper:
-            mirror = Mirror()
-            phases: list[NodePhase] = []
-
-            async def run() -> None:
-                async with aclosing(keeper.follow(lambda: mirror.position)) as events:
-                    async for event in events:
-                        if isinstance(event, SyncLost):
-                            mirror.losses.append(event)
-                            phases.append(keeper.status.phase)
-                        else:
-                            mirror.apply(event)
-
-            task = asyncio.create_task(run())
-            await until(lambda: bool(mirror.losses))
-            assert mirror.reasons[0] == "NODE_BANNED"
-            assert phases[0] is NodePhase.BANNED
-            await until(lambda: site.renewals >= 2)
-            site.refuse_renewal = None
-            await until(lambda: keeper.status.phase is NodePhase.ATTESTED)
-            await until(lambda: mirror.revision == 6)
-            assert NodePhase.BANNED in seen
-            assert seen[-1] is NodePhase.ATTESTED
-            await keeper.close()
-            await task
-
-
-@asynccontextmanager
-async def kept_node_noting(
-    site: SyncServer, keepers: list[NodeKeeper], notice: Callable[[], None]
-) -> AsyncIterator[NodeKeeper]:
-    keeper = NodeKeeper(site.settings(), on_change=notice, dice=lambda: 0.0)
-    keepers.append(keeper)
-    await keeper.start()
-    try:
-        yield keeper
-    finally:
-        await keeper.close()
-
-
-async def test_a_node_the_broker_forgot_proves_itself_again_and_follows_on(
-    tmp_path: Path,
-) -> None:
-    unknown = NotPermitted("no such node", reason="NODE_UNKNOWN")
-    token = tmp_path / "token"
-    token.write_text("idbt_any")
-    async with sync_server() as site:
-
-        async def first(session: Session) -> None:
-            await session.send(site.full(5))
-            await until(lambda: session.acks == [5])
-            site.refuse_renewal = (unknown, grpc.StatusCode.PERMISSION_DENIED)
-            await session.refuse(unknown, grpc.StatusCode.PERMISSION_DENIED)
-
-        site.scripts = [first, says(delta(5, 6))]
-        settings = site.settings(attestor=JoinTokenAttestor(token_file=token))
-        async with kept_node(settings) as keeper:
-            mirror = Mirror()
-            task = asyncio.create_task(mirror.run(keeper))
-            await until(lambda: mirror.revision == 6)
-            assert site.attestations == 2
-            assert site.renewals == 1
-            assert mirror.reasons == ["NODE_UNKNOWN"]
-            assert keeper.status.phase is NodePhase.ATTESTED
-            await keeper.close()
-            await task
-
-
-async def test_a_doubt_that_proves_vain_every_time_is_not_asked_after_for_ever() -> None:
-    unknown = NotPermitted("no such node", reason="NODE_UNKNOWN")
-
-    async def always(session: Session) -> None:
-        await session.refuse(unknown, grpc.StatusCode.PERMISSION_DENIED)
-
-    async with following(always, dice=lambda: 0.0) as (site, _, mirror):
-        await asyncio.sleep(3)
-        # The renewal succeeds each time, so nothing is lost, and the broker's ledger stays small.
-        assert site.attestations == 1
-        assert 1 <= site.renewals <= 8
-        assert mirror.losses

@@ -34,7 +34,7 @@ from identity_client._wire.status import refusal_status
 from identity_client.attestation import JoinTokenAttestor
 from identity_client.clock import utc_now
 from identity_client.errors import IdentityError
-from identity_client.node import NodeKeeper, NodeSettings, entry_digest
+from identity_client.node import NodeSettings, entry_digest
 from identity_client.testing import FakeTrustDomain
 
 _SERVICE = "identity_api.broker.v1"
@@ -257,15 +257,15 @@ async def sync_server(*scripts: Script) -> AsyncIterator[SyncServer]:
         await bootstrap.stop(0)
 
 
-@asynccontextmanager
-async def kept_node(settings: NodeSettings, **options: Any) -> AsyncIterator[NodeKeeper]:
-    """A node that is kept for as long as the block lasts."""
-    keeper = NodeKeeper(settings, **options)
-    await keeper.start()
-    try:
-        yield keeper
-    finally:
-        await keeper.close()
+def says(*messages: node_sync_pb2.SyncResponse | bytes) -> Script:
+    """Says these, and then nothing more."""
+
+    async def script(session: Session) -> None:
+        for message in messages:
+            await session.send(message)
+        await session.hang()
+
+    return script
 
 
 def entry(entry_id: str, revision: int = 1, **fields: Any) -> types_pb2.RegistrationEntry:

@@ -45,6 +45,7 @@ from identity_client._wire.status import error_from_rpc
 from identity_client.clock import roll, utc_now
 from identity_client.credential import BundleSnapshot, X509Material
 from identity_client.errors import (
+    BrokerFailed,
     BrokerUnavailable,
     IdentityError,
     IdentityNotReady,
@@ -57,6 +58,7 @@ from identity_client.revocation import RevokedCredential
 
 __all__ = [
     "REPLACED",
+    "STREAM_CUT",
     "Attested",
     "BrokerLink",
     "RevocationUpdate",
@@ -65,6 +67,7 @@ __all__ = [
 ]
 
 REPLACED = "CONNECTION_REPLACED"
+STREAM_CUT = "STREAM_CUT"
 _DRAIN_SECONDS = 5.0
 _MAX_RECEIVE_BYTES = 64 * 1024 * 1024
 _T = TypeVar("_T")
@@ -292,6 +295,12 @@ class SyncCall:
         try:
             async with asyncio.timeout(within):
                 message = await _calling(self._call.read())
+        except BrokerFailed as exc:
+            if exc.correlation_id:
+                raise
+            # Not the broker's word: gRPC says so when an acknowledgement meets the end of the
+            # call, and the broker's reason is lost. It will give it again.
+            raise BrokerUnavailable("the stream was cut off", reason=STREAM_CUT) from exc
         except TimeoutError as exc:
             raise BrokerUnavailable(
                 f"nothing was heard from the broker for {within:g} s", reason="STREAM_SILENT"

@@ -25,7 +25,7 @@ from identity_client.errors import (
     RequestRejected,
     SourceClosed,
 )
-from identity_client.link import REPLACED, BrokerLink, SyncCall
+from identity_client.link import REPLACED, STREAM_CUT, BrokerLink, SyncCall
 from identity_client.node.settings import NodeSettings
 from identity_client.node.values import SyncEvent, SyncLost, SyncPosition, SyncUpdate
 from identity_client.renewal import MAX_DELAY, retry_delay
@@ -43,7 +43,7 @@ class _Keeper(Protocol):
 
     @property
     def serial(self) -> str: ...
-    async def attested(self) -> None: ...
+    async def attested_or_banned(self, told: IdentityError | None) -> IdentityError | None: ...
     @property
     def moved(self) -> asyncio.Event: ...
     async def pause(self, delay: timedelta, moved: asyncio.Event) -> None: ...
@@ -81,13 +81,16 @@ class Follower:
     async def events(self) -> AsyncGenerator[SyncEvent, None]:
         """Updates, and a SyncLost whenever the stream breaks; ends when the keeper is closed."""
         failures = 0
+        lost: IdentityError | None = None
         with suppress(SourceClosed):
             while True:
-                await self._keeper.attested()
+                lost = await self._keeper.attested_or_banned(lost)
+                if lost is not None:
+                    yield SyncLost(lost)
+                    continue
                 await self._rest_before_all()
                 moved = self._keeper.moved
                 serial = self._keeper.serial
-                lost: IdentityError | None = None
                 try:
                     async with aclosing(self._updates()) as updates:
                         async for update in updates:
@@ -172,6 +175,6 @@ class Follower:
             retry_after=error.retry_after,
             cap=MAX_DELAY if refused else _CAP,
         )
-        if failures == 1:
+        if failures == 1 and error.reason != STREAM_CUT:
             delay = max(delay, self._spread * dice)
         return delay

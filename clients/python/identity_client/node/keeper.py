@@ -14,9 +14,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from enum import Enum
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from identity_api.broker.v1 import types_pb2
@@ -25,10 +23,7 @@ from identity_client.clock import roll, utc_now
 from identity_client.credential import BundleSnapshot, X509Material
 from identity_client.errors import (
     IdentityError,
-    NotAuthenticated,
-    NotPermitted,
     ProtocolViolation,
-    RequestRejected,
     SettingsInvalid,
     SourceClosed,
 )
@@ -38,18 +33,26 @@ from identity_client.node.batches import in_batches
 from identity_client.node.follow import Follower
 from identity_client.node.kept import KeptNode, NodeMemory
 from identity_client.node.settings import NodeSettings
+from identity_client.node.standing import (
+    BANNED,
+    NO_ANSWER,
+    NODE_LOST,
+    TLS_FAILED,
+    Doubt,
+    HeldNode,
+    phase_of,
+)
 from identity_client.node.trust import NodeTrust
 from identity_client.node.values import (
     IssuedJwt,
     IssuedX509,
     JwtRequest,
-    NodePhase,
     NodeStatus,
     SyncEvent,
     SyncPosition,
     X509Request,
 )
-from identity_client.renewal import renewal_due, retry_delay
+from identity_client.renewal import retry_delay
 
 __all__ = ["NodeKeeper"]
 
@@ -61,26 +64,7 @@ _T = TypeVar("_T")
 _LONGEST_SLEEP = timedelta(seconds=60)
 _SHORTEST_SLEEP = timedelta(milliseconds=100)
 _INSIST_SECONDS = 1.0
-_NODE_LOST = frozenset({"NODE_UNKNOWN", "NODE_NOT_FOUND", "CREDENTIAL_REVOKED", "UNAUTHENTICATED"})
-_BANNED = "NODE_BANNED"
-_TLS_FAILED = "BROKER_TLS_FAILED"
-_NO_ANSWER = frozenset({_TLS_FAILED, "BROKER_UNREACHABLE"})
-_REFUSALS = (NotPermitted, NotAuthenticated, RequestRejected, SettingsInvalid)
-# A broker that does not trust our certificate any more cannot say so: TLS merely breaks.
 _PATIENCE = 5
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    material: X509Material
-    due: datetime
-    reattestable: bool
-
-
-class _Doubt(Enum):
-    NONE = "none"
-    CONNECTION = "connection"  # nobody answers, over and over: is it us?
-    IDENTITY = "identity"  # the broker says that it does not know us, or has banned us
 
 
 class NodeKeeper:
@@ -106,15 +90,16 @@ class NodeKeeper:
         self._memory = NodeMemory(settings.state_dir, settings.domain)
         self._unsaved = False
         self._trust = NodeTrust(settings)
-        self._node: _Node | None = None
+        self._node: HeldNode | None = None
         self._error: IdentityError | None = None
-        self._doubt = _Doubt.NONE
+        self._doubt = Doubt.NONE
         self._vain_doubts = 0
         self._unanswered = 0
         self._closed = False
         self._wake = asyncio.Event()
         self._connected = asyncio.Event()
         self._moved = asyncio.Event()
+        self._changed = asyncio.Event()
         self._told: tuple[NodeStatus, BundleSnapshot | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._follower: Follower | None = None
@@ -138,7 +123,7 @@ class NodeKeeper:
             self._trust.take(kept.bundle, kept.bundle_message)
             # Renewed at once: how much of its life was used is not known, and it proves that the
             # broker still knows this node.
-            self._node = _Node(kept.material, utc_now(), kept.reattestable)
+            self._node = HeldNode(kept.material, utc_now(), 0.0, kept.reattestable)
             self._connect(self._node)
         self._task = asyncio.create_task(self._keep(), name="identity-node")
         self._task.add_done_callback(_report_bug)
@@ -156,8 +141,8 @@ class NodeKeeper:
             _, pending = await asyncio.wait(pending, timeout=_INSIST_SECONDS)
         await self._link.close()
         self._memory.close()
-        self._connected.set()  # Whoever waits learns that it is over.
-        self._moved.set()
+        for waited_for in (self._connected, self._moved, self._changed):
+            waited_for.set()  # Whoever waits learns that it is over.
 
     @property
     def status(self) -> NodeStatus:
@@ -165,16 +150,8 @@ class NodeKeeper:
         node, error = self._node, self._error
         if error is None and self._follower is not None:
             error = self._follower.error
-        if error is not None and error.reason == _BANNED:
-            phase = NodePhase.BANNED
-        elif node is not None and (error is None or error.reason not in _NODE_LOST):
-            phase = NodePhase.ATTESTED
-        elif isinstance(error, _REFUSALS):
-            phase = NodePhase.REFUSED
-        else:
-            phase = NodePhase.ATTESTING
         return NodeStatus(
-            phase=phase,
+            phase=phase_of(node, error),
             node_id=str(node.material.spiffe_id) if node else "",
             serial=node.material.serial if node else "",
             expires_at=node.material.not_after if node else None,
@@ -197,6 +174,17 @@ class NodeKeeper:
         """
         await self._connected.wait()
         self._refuse_closed()
+
+    async def attested_or_banned(self, told: IdentityError | None) -> IdentityError | None:
+        """As `attested`, or the refusal of a banned node that has no SVID; but not `told` again."""
+        while not self._connected.is_set():
+            error, changed = self._error, self._changed
+            if error is not None and error.reason == BANNED and error is not told:
+                return error
+            await changed.wait()
+            self._refuse_closed()
+        self._refuse_closed()
+        return None
 
     async def issue_x509(self, orders: Sequence[X509Request]) -> list[IssuedX509 | IdentityError]:
         """X.509-SVIDs, or why not, for each order, in order; never raises for a refusal.
@@ -303,14 +291,13 @@ class NodeKeeper:
             self._unsaved = True
             self._wake.set()
         if self._trust.take(bundle, octets):
-            if self._node is not None:
-                self._connect(self._node)
+            self._reconnect()
             self._tell()
         return bundle
 
     @property
     def moved(self) -> asyncio.Event:
-        """Set once there is another connection to try than the present one."""
+        """Set once there is another connection than now."""
         return self._moved
 
     async def pause(self, delay: timedelta, moved: asyncio.Event) -> None:
@@ -340,20 +327,20 @@ class NodeKeeper:
         """A call made with the SVID `serial` failed."""
         if error.reason == REPLACED or not serial or serial != self.serial:
             return  # It says nothing of the SVID that is in use now.
-        if error.reason in _NO_ANSWER:
+        if error.reason in NO_ANSWER:
             self._unanswered += 1
-            if error.reason == _TLS_FAILED or self._unanswered >= _PATIENCE:
-                self._doubts(_Doubt.CONNECTION)
+            if error.reason == TLS_FAILED or self._unanswered >= _PATIENCE:
+                self._doubts(Doubt.CONNECTION)
             return
         self._unanswered = 0
-        if error.reason == _BANNED or error.reason in _NODE_LOST:
-            if error.reason == _BANNED:
+        if error.reason == BANNED or error.reason in NODE_LOST:
+            if error.reason == BANNED:
                 self._error = error
-            self._doubts(_Doubt.IDENTITY)
+            self._doubts(Doubt.IDENTITY)
             self._tell()
 
-    def _doubts(self, doubt: _Doubt) -> None:
-        if self._doubt is not _Doubt.IDENTITY:
+    def _doubts(self, doubt: Doubt) -> None:
+        if self._doubt is not Doubt.IDENTITY:
             self._doubt = doubt
         self._wake.set()
 
@@ -369,12 +356,8 @@ class NodeKeeper:
                 failures += 1
                 self._error = error
                 _logger.warning("keeping the node failed (%d): %s", failures, error)
-                if (
-                    error.reason == _TLS_FAILED
-                    and await self._trust.widen()
-                    and self._node is not None
-                ):
-                    self._connect(self._node)
+                if error.reason == TLS_FAILED and await self._trust.widen():
+                    self._reconnect()
             except Exception as bug:
                 # An attestor's or the anchors' callable: its bug must not end the node's renewal.
                 _logger.exception("keeping the node failed; this is a bug")
@@ -398,38 +381,40 @@ class NodeKeeper:
     async def _advance(self, failures: int) -> None:
         await self._trust.begin()
         node, doubt = self._node, self._doubt
-        if node is not None and utc_now() >= node.material.not_after:
-            self._forget("its SVID has expired")
-            node = None
-        if node is None:
+        if node is None or node.has_expired:
+            # An expired one stays until there is another: it may be the clock that is wrong.
+            self._connected.clear()
             await self._attest()
         else:
+            if not self._connected.is_set():
+                self._connect(node)
             try:
-                if utc_now() >= node.due or doubt is _Doubt.IDENTITY:
+                if node.is_due or doubt is Doubt.IDENTITY:
                     await self._renew(node)
-                elif doubt is _Doubt.CONNECTION:
+                elif doubt is Doubt.CONNECTION:
                     self.learn_bundle(await self._link.get_bundle())
             except IdentityError as error:
-                await self._after_refusal(node, error, failures)
-            else:
-                self._vain_doubts += doubt is not _Doubt.NONE
-        self._doubt = _Doubt.NONE
+                if not self._may_help_to_attest(node, error, failures):
+                    raise
+                _logger.warning("attesting again: %s", error)
+                if error.reason in NODE_LOST:
+                    self._node = None
+                    self._connected.clear()
+                # Else beside the SVID we have: if it is the broker that is away, nothing is lost.
+                await self._attest()
+            self._vain_doubts += doubt is not Doubt.NONE
+        self._doubt = Doubt.NONE
         self._unanswered = 0
         await self._save()
 
-    async def _after_refusal(self, node: _Node, error: IdentityError, failures: int) -> None:
-        """Proves the node again if that may help; raises `error` if not."""
-        renewable = self._settings.attestor.renewable
-        if renewable and error.reason in _NODE_LOST:
-            self._forget(error.message)
-        elif (
-            renewable and node.reattestable and error.reason in _NO_ANSWER and failures >= _PATIENCE
-        ):
-            # Beside the SVID we have: if it is the broker that is away, nothing is lost.
-            _logger.info("attesting again, for the broker does not answer this node: %s", error)
-            await self._attest()
-            return
-        raise error
+    def _may_help_to_attest(self, node: HeldNode, error: IdentityError, failures: int) -> bool:
+        if not self._settings.attestor.renewable:
+            # A spent token cannot attest again; the broker's own refusal says more than "spent".
+            return False
+        if error.reason in NODE_LOST:
+            return True
+        # A broker that does not trust our certificate any more cannot say so: TLS merely breaks.
+        return node.reattestable and error.reason in NO_ANSWER and failures >= _PATIENCE
 
     async def _attest(self) -> None:
         attested = await self._link.attest(self._trust.roots)
@@ -437,7 +422,7 @@ class NodeKeeper:
         self._trust.take(attested.bundle, attested.bundle_message)
         self._adopt(attested.material, reattestable=attested.reattestable)
 
-    async def _renew(self, node: _Node) -> None:
+    async def _renew(self, node: HeldNode) -> None:
         pair = KeyPair()
         svid = await self._link.renew_node(pair.csr())
         material, _ = await self.checked(svid.cert_chain, pair)
@@ -448,24 +433,20 @@ class NodeKeeper:
             self.learn_bundle(await self._link.get_bundle())
 
     def _adopt(self, material: X509Material, *, reattestable: bool) -> None:
-        due = renewal_due(
-            received=material.received, not_after=material.not_after, dice=self._dice()
-        )
-        self._node = _Node(material, due, reattestable)
+        self._node = HeldNode.received(material, reattestable=reattestable, dice=self._dice())
         self._unsaved = True
         self._connect(self._node)
 
-    def _forget(self, why: str) -> None:
-        _logger.warning("attesting again: %s", why)
-        self._node = None
-        self._doubt = _Doubt.NONE
-        self._connected.clear()
-
-    def _connect(self, node: _Node) -> None:
+    def _connect(self, node: HeldNode) -> None:
         self._link.connect(node.material, self._trust.roots)
         self._connected.set()
         before, self._moved = self._moved, asyncio.Event()
         before.set()
+        self._tell()
+
+    def _reconnect(self) -> None:
+        if self._node is not None and self._connected.is_set():
+            self._connect(self._node)
 
     def _retry_in(self, failures: int) -> timedelta:
         node, error = self._node, self._error
@@ -487,6 +468,8 @@ class NodeKeeper:
         if now == self._told:
             return
         self._told = now
+        before, self._changed = self._changed, asyncio.Event()
+        before.set()
         try:
             self._on_change()
         except Exception:  # Foreign code: its bug must not end the node's renewal.
