@@ -12,18 +12,21 @@ import fcntl
 import hashlib
 import json
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from support import repository
 
@@ -132,12 +135,41 @@ class RunningEnvoy:
             for authority in certificate.get("ca_cert", [])
         }
 
-    def is_up(self) -> bool:
-        """Whether it has read its bootstrap and answers."""
+    @property
+    def state(self) -> str:
+        """LIVE where its listeners listen; before that it waits for secrets, 15 s at most."""
         try:
-            return bool(json.loads(self.get("/server_info"))["state"])
+            return str(json.loads(self.get("/server_info"))["state"])
         except OSError:
-            return False
+            return ""
+
+    async def rotation_seconds(
+        self, listener: str, rotate: Callable[[], Awaitable[str]], *, times: int
+    ) -> list[float]:
+        """How long each of several rotations takes to arrive.
+
+        Args:
+            listener: whose certificate is looked at, by handshakes.
+            rotate: begins a rotation and returns the new certificate's serial number, or begins one
+                and returns "" where it is not known: any other than before counts then.
+
+        Returns:
+            Seconds from the call of `rotate` to a handshake with the new certificate, the handshake
+            included.
+        """
+        found = []
+        address = self.address(listener)
+        for _ in range(times):
+            before = await asyncio.to_thread(presented_serial, address)
+            begun = time.monotonic()
+            new = await rotate()
+            while True:
+                serial = await asyncio.to_thread(presented_serial, address)
+                if serial == new or (not new and serial != before):
+                    break
+                assert time.monotonic() - begun < _START_SECONDS, self.log.read_text()[-4000:]
+            found.append(time.monotonic() - begun)
+        return found
 
     async def until(self, condition: Callable[[], bool], *, seconds: float = 20.0) -> float:
         """Wait until the condition holds; return how long it took.
@@ -154,13 +186,31 @@ class RunningEnvoy:
             await asyncio.sleep(0.005)
 
 
+def presented_serial(address: str) -> str:
+    """Serial number of the certificate that a TLS server presents, 40 hexadecimal digits.
+
+    Raises:
+        OSError: it presents none.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    host, _, port = address.rpartition(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as connection,
+        context.wrap_socket(connection) as tls,
+    ):
+        presented = tls.getpeercert(binary_form=True) or b""
+    return f"{x509.load_der_x509_certificate(presented).serial_number:040x}"
+
+
 @asynccontextmanager
 async def running_envoy(
     binary: Path, folder: Path, bootstrap: str | Mapping[str, Any], *, name: str = "envoy"
 ) -> AsyncIterator[RunningEnvoy]:
     """Run an Envoy with that bootstrap, YAML or JSON, until the block ends.
 
-    Its listeners may still wait for their first secret when the block begins.
+    It may still wait for its first secrets when the block begins.
 
     Raises:
         AssertionError: it refused the bootstrap, or does not answer in time.
@@ -188,7 +238,7 @@ async def running_envoy(
             assert time.monotonic() < until, log.read_text()[-4000:]
             await asyncio.sleep(0.02)
         running = RunningEnvoy(process, where, log)
-        await running.until(running.is_up)
+        await running.until(lambda: bool(running.state))
         yield running
     finally:
         process.terminate()

@@ -93,7 +93,7 @@ def test_commands_of_the_product_are_all_there() -> None:
         *(f"svid {verb}" for verb in ("fetch", "show", "verify")),
         *(f"credential {verb}" for verb in ("list", "show", "revoke")),
         *("authority list", "authority show", "bundle show", "config check", "config show"),
-        *("doctor", "explain"),
+        *("doctor", "explain", "envoy config"),
     }
     assert wanted == {path for path, _ in COMMANDS}
 
