@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from identity_broker.domain import names
@@ -21,7 +22,7 @@ from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Change, Topic
 from identity_broker.domain.node import Node
 from identity_broker.errors import BrokerError, StoreUnavailable, WatchLagged
-from identity_broker.lifecycle.journal import Journal
+from identity_broker.lifecycle.journal import MOST_CHANGES, Journal, Step
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
@@ -63,6 +64,18 @@ class Update:
         self.revocations: list[Revocation] = []
         self.changed_node_ids: list[SpiffeId] = []
         self.authorities_changed = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The store's state as of `seq`, and what changed after `base`."""
+
+    seq: int
+    entries: list[RegistrationEntry]
+    nodes: list[Node]
+    revocations: list[Revocation]
+    base: int
+    recent: list[Change]
 
 
 class Directory:
@@ -145,26 +158,39 @@ class Directory:
         Raises:
             StoreUnavailable: the database did not answer.
         """
-        self.fill(*await self._read_all())
+        self._hold(await self._read_all())
 
-    async def _read_all(
-        self,
-    ) -> tuple[int, list[RegistrationEntry], list[Node], list[Revocation]]:
+    async def _read_all(self) -> _Stored:
         now = self._clock.now()
 
-        def read(
-            repos: Repositories,
-        ) -> tuple[int, list[RegistrationEntry], list[Node], list[Revocation]]:
+        def read(repos: Repositories) -> _Stored:
             # The position first: what commits while we read is then read again, not missed.
             seq = repos.outbox.latest()
-            return (
-                seq,
-                list(repos.entries.iterate()),
-                repos.nodes.all(),
-                repos.credentials.revoked_unexpired(now - _DENY_MARGIN),
+            base = max(repos.outbox.purged_to(), seq - MOST_CHANGES)
+            return _Stored(
+                seq=seq,
+                entries=list(repos.entries.iterate()),
+                nodes=repos.nodes.all(),
+                revocations=repos.credentials.revoked_unexpired(now - _DENY_MARGIN),
+                base=base,
+                recent=[item for item in repos.outbox.after(base, MOST_CHANGES) if item.seq <= seq],
             )
 
         return await self._store.read(read)
+
+    def _hold(self, stored: _Stored) -> None:
+        self.fill(stored.seq, stored.entries, stored.nodes, stored.revocations)
+        # Nodes that were connected before the broker restarted need not start over.
+        self.journal.prime(stored.base, map(self._step, stored.recent))
+
+    def _step(self, change: Change) -> Step:
+        key = change.key
+        revoked = self._revocations.get(key) if change.topic is Topic.REVOCATION else None
+        return Step(
+            change.seq,
+            before={key: self._entries.get(key)} if change.topic is Topic.ENTRY else {},
+            revocations=[] if revoked is None else [revoked],
+        )
 
     def fill(
         self,
@@ -262,7 +288,7 @@ class Directory:
     async def _start_over(self) -> None:
         """Read everything again, and tell the listeners what is different."""
         entries, nodes, revocations = self._entries, self._nodes, self._revocations
-        self.fill(*await self._read_all())
+        self._hold(await self._read_all())
         update = Update(self.seq)
         update.changed_entries = [
             entry for entry in self._entries.values() if entries.get(entry.id) != entry
@@ -321,7 +347,7 @@ class Directory:
         update.revocations = revocations
         update.authorities_changed = Topic.AUTHORITY in keys
         self.seq = update.seq
-        self.journal.note(update.seq, update.before, update.revocations)
+        self.journal.note(Step(update.seq, update.before, update.revocations))
         self._tell(update)
 
     def _tell(self, update: Update) -> None:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from identity_broker.domain.credential import Revocation
@@ -34,7 +34,9 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
+    """What the feed changed up to `seq`: entries as they were before it, and revocations."""
+
     seq: int
     before: Before
     revocations: Sequence[Revocation]
@@ -52,7 +54,7 @@ class Journal:
 
     def __init__(self, most: int = MOST_CHANGES) -> None:
         self._most = most
-        self._steps: deque[_Step] = deque()
+        self._steps: deque[Step] = deque()
         self._changes = 0
         self._base = 0
 
@@ -62,9 +64,8 @@ class Journal:
         self._changes = 0
         self._base = seq
 
-    def note(self, seq: int, before: Before, revocations: Sequence[Revocation]) -> None:
-        """Keep what the step up to `seq` changed; the oldest steps go."""
-        step = _Step(seq, before, revocations)
+    def note(self, step: Step) -> None:
+        """Keep what a step changed; the oldest steps go."""
         if not step:
             return
         self._steps.append(step)
@@ -73,6 +74,20 @@ class Journal:
             oldest = self._steps.popleft()
             self._changes -= len(oldest)
             self._base = oldest.seq
+
+    def prime(self, base: int, steps: Iterable[Step]) -> None:
+        """Begin with what changed before this process was there.
+
+        What entries were is not known then. To take them for what they are is safe: a node that has
+        something else says so by its digest.
+
+        Args:
+            base: the position from which on the steps are all there are.
+            steps: oldest first.
+        """
+        self.restart(base)
+        for step in steps:
+            self.note(step)
 
     def reaches(self, seq: int) -> bool:
         """Whether everything that changed after `seq` is here."""
@@ -84,7 +99,7 @@ class Journal:
         A position inside a step, as another broker's may be, gives all of the step.
         """
         before: dict[str, RegistrationEntry | None] = {}
-        steps: list[_Step] = []
+        steps: list[Step] = []
         for step in reversed(self._steps):
             if step.seq <= seq:
                 break

@@ -247,6 +247,33 @@ async def test_a_node_in_doubt_is_told_everything(broker: RunningBroker, what: s
         assert (below.id in state.entries) == (what != "group")
 
 
+async def test_a_broker_that_was_restarted_need_not_tell_everything(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path / "idb")
+    async with running(settings) as broker:
+        node = await broker.join("web-1")
+        kept = await broker.entry("/kept", "web-1")
+        async with following(node) as follower:
+            state = follower.state
+        # Missed, and committed before the next broker was there.
+        await broker.join("web-2")
+        await broker.entry("/other", "web-2")
+        revoked = (await node.issue(kept.id)).svid.serial
+        await broker.revoke(id=revoked)
+    async with running(settings) as broker:
+        back = AttestedClient(broker, node.key, node.svid, await broker.mtls(node.key, node.svid))
+        async with following(back, state) as follower:
+            assert not follower.messages[0].full
+            assert state.revoked == {revoked}
+        new = await broker.entry("/new", "web-1")
+    async with running(settings) as broker:
+        back = AttestedClient(broker, node.key, node.svid, await broker.mtls(node.key, node.svid))
+        async with following(back, state) as follower:
+            # What it was before is not known any more, so it has to be everything.
+            assert follower.messages[0].full
+            assert told(follower) == await authorized(back)
+            assert new.id in state.entries
+
+
 async def test_a_large_state_comes_in_pieces(broker: RunningBroker) -> None:
     node = await broker.join("web-1")
     stub = await entries_of(broker)

@@ -75,6 +75,7 @@ class NodeSyncService:
                     yield message
                     stream.moved()
                     self._messages.inc()
+            await reading  # the node says no more; a bug that ended it is raised here
         finally:
             self._sync.close(stream)
             reading.cancel()
