@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from identity_api.broker.v1 import types_pb2
+from support.agent import running_agent
 from support.line import running, settings_in
 
 README = Path(__file__).parents[2] / "clients" / "python" / "README.md"
@@ -34,7 +35,7 @@ async def run_block(block: str, environment: dict[str, str], directory: Path) ->
 
 
 async def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     async with running(settings_in(tmp_path / "idb", ca={"key_manager": "memory"})) as broker:
         selector = types_pb2.Selector(type="join_token", value="name:n1")
         await broker.entry("/payments/api", "n1", selectors=[selector])
@@ -49,12 +50,24 @@ async def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
             # Kept state: the token is spent by the first block, and the others do not need it.
             "IDENTITY_BROKER_STATE_DIR": str(tmp_path / "state"),
         }
-        printed = [await run_block(block, environment, tmp_path) for block in BLOCKS]
+        printed = [await run_block(block, environment, tmp_path) for block in BLOCKS[1:]]
     assert printed[0].startswith(f"{ME} until 20")
     assert printed[1] == f"{ME}\n"
     assert printed[2] == "200\n"
     assert printed[3].startswith(f"{ME} ")
     assert printed[4] == ""
+
+
+async def test_the_block_for_an_agent_needs_one_variable(tmp_path: Path) -> None:
+    (block,) = (one for one in BLOCKS if "from_workload_api" in one)
+    assert block == BLOCKS[0]
+    async with running(settings_in(tmp_path / "idb", ca={"key_manager": "memory"})) as broker:
+        mine = types_pb2.Selector(type="unix", value=f"uid:{os.getuid()}")
+        await broker.entry("/payments/api", "machine", selectors=[mine])
+        async with running_agent(broker, tmp_path / "agent") as agent:
+            environment = {"SPIFFE_ENDPOINT_SOCKET": agent.workload_api}
+            printed = await run_block(block, environment, tmp_path)
+    assert printed.startswith(f"{ME} until 20")
 
 
 def test_the_readme_names_every_variable_and_no_other() -> None:

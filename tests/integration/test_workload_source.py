@@ -665,6 +665,19 @@ async def test_a_key_for_another_use_verifies_no_token(
         await until(lambda: not source.snapshot().bundle.jwt_bundle.jwt_authorities)
 
 
+@pytest.mark.parametrize("use", ["sig", "jwt-svid", ""])
+async def test_the_words_others_use_for_a_jwt_key(
+    api: ScriptedWorkloadApi, domain: ScriptedDomain, tmp_path: Path, use: str
+) -> None:
+    await api.say(domain.offer(domain.svid("/web")))
+    jwks = domain.jwks().replace(b"jwt-svid", use.encode())
+    await api.say_jwt_bundles({"spiffe://example.org": jwks})
+    token = domain.issue_jwt(SpiffeId(API), ["orders"], timedelta(minutes=1)).token
+    async with following(tmp_path) as source:
+        await source.wait_ready(5)
+        assert source.validate_jwt_svid(token, "orders").spiffe_id == SpiffeId(API)
+
+
 async def test_an_api_without_the_jwt_profile(
     api: ScriptedWorkloadApi, domain: ScriptedDomain, tmp_path: Path
 ) -> None:

@@ -214,13 +214,23 @@ class IdentitySource:
     def validate_jwt_svid(self, token: str, audience: str) -> JwtSvid:
         """Verifies a JWT-SVID somebody sent us: signature, expiry, audience, revocation.
 
-        A Workload API does not say which tokens are revoked: a source of one cannot know.
+        A Workload API does not say which tokens are revoked: a source of one cannot know here,
+        and `confirm_jwt_svid` asks.
 
         Raises:
             PeerRejected: reason TOKEN_REJECTED, or PEER_REVOKED for a revoked token.
             SourceError: there is no bundle to verify it with.
         """
         return self._source.validate_jwt_svid(token, audience)
+
+    def confirm_jwt_svid(self, token: str, audience: str) -> JwtSvid:
+        """As `validate_jwt_svid`, and asks the Workload API where the identity comes from one.
+
+        Raises:
+            PeerRejected, SourceError: as `validate_jwt_svid`.
+            IdentityError: the Workload API does not answer.
+        """
+        return self._run(self._source.confirm_jwt_svid(token, audience))
 
     def subscribe(self, subscriber: Subscriber) -> Unsubscribe:
         """Calls `subscriber` with every new snapshot, on the background thread.

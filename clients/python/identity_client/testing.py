@@ -5,6 +5,7 @@
     context = server_ssl_context(api, authorize=web.snapshot().spiffe_id)
     web.rotate()                 # a new key and certificate, as after half of its life
     domain.revoke(web)           # every source of the domain refuses it from now on
+    web.withdraw()               # it may not use its identity any more, as without its entry
 
 - A fake source has the whole reading side of `IdentitySource` and passes for one everywhere.
 - No network, no files, no broker. Never use it outside of tests: its CA key is in memory.
@@ -27,8 +28,9 @@ from spiffe import JwtBundle, JwtSvid, SpiffeId, TrustDomain, X509Bundle, X509Sv
 
 from identity_client.clock import utc_now
 from identity_client.credential import BundleSnapshot, IdentitySnapshot, X509Material
+from identity_client.errors import NotPermitted
 from identity_client.holder import IdentityHolder, SourceStatus, Subscriber, Unsubscribe
-from identity_client.jwt_check import verify_jwt_svid
+from identity_client.jwt_check import verify_with
 from identity_client.keys import KeyPair
 from identity_client.naming import parse_spiffe_id, parse_trust_domain, server_name
 from identity_client.revocation import DenySet, RevokedCredential
@@ -163,6 +165,10 @@ class FakeIdentitySource:
         """What a real source hears from the broker's stream."""
         self._holder.revoke([revoked], now=utc_now())
 
+    def withdraw(self) -> None:
+        """As when its entry goes away: nothing is handed out until the next `rotate`."""
+        self._holder.withdraw(NotPermitted("withdrawn by the test", reason="NO_IDENTITY"))
+
     @property
     def serial(self) -> str:
         """The serial number of the certificate it shows, revoked or not."""
@@ -222,14 +228,22 @@ class FakeIdentitySource:
 
     def validate_jwt_svid(self, token: str, audience: str) -> JwtSvid:
         """As in `IdentitySource`."""
-        bundle = self._holder.snapshot().bundle.jwt_bundle
-        return verify_jwt_svid(token, audience, bundle=bundle, denied=self._holder.denied)
+        return verify_with(self._holder.snapshot(), token, audience, denied=self._holder.denied)
+
+    def confirm_jwt_svid(self, token: str, audience: str) -> JwtSvid:
+        """As in `IdentitySource`; there is nobody to ask."""
+        return self.validate_jwt_svid(token, audience)
 
     def subscribe(self, subscriber: Subscriber) -> Unsubscribe:
         """As in `IdentitySource`; called by whoever calls `rotate`."""
         return self._holder.subscribe(subscriber)
 
-    def updates(self) -> Iterator[IdentitySnapshot]:
+    @property
+    def crls(self) -> tuple[bytes, ...]:
+        """As in `IdentitySource`: none."""
+        return self._holder.crls
+
+    def updates(self, *, crls: bool = False) -> Iterator[IdentitySnapshot]:
         """The current snapshot alone."""
         yield self._holder.snapshot()
 

@@ -49,7 +49,9 @@ _logger = logging.getLogger(__name__)
 Authorities = tuple[x509.Certificate, ...]
 _SEQUENCE = 0x30
 _CACHED_BUNDLES = 64
-_JWT_USES = (None, "", "jwt-svid")  # SPIRE's agents leave `use` out
+# A standard key set (Workload API, section 6.2.2): "sig" is RFC 7517's word, SPIRE leaves it out,
+# and a SPIFFE bundle has its own.
+_JWT_USES = (None, "", "sig", "jwt-svid")
 _JWT_KEY_TYPES = ("RSA", "EC")
 
 

@@ -44,8 +44,10 @@ from identity_client.credential import (
 from identity_client.errors import (
     IdentityError,
     NotPermitted,
+    PeerRejected,
     ProtocolViolation,
     RequestRejected,
+    SourceClosed,
 )
 from identity_client.holder import IdentityHolder
 from identity_client.jwt_cache import CachedToken, JwtKey
@@ -123,8 +125,30 @@ class WorkloadApiEngine:
         return await self._tokens.fetch(audiences)
 
     async def _fetch_token(self, key: JwtKey) -> CachedToken:
-        link = self._link or WorkloadApiLink(self._settings)
-        return await link.jwt_svid(key[0], sorted(key[1]))
+        return await self._linked().jwt_svid(key[0], sorted(key[1]))
+
+    async def confirm_jwt_svid(self, svid: JwtSvid, audience: str) -> None:
+        """Asks the Workload API about a token that was verified here.
+
+        Raises:
+            PeerRejected: it says that it does not hold: its issuer may have revoked it.
+            IdentityError: it does not answer.
+        """
+        try:
+            named = await self._linked().validate_jwt_svid(svid.token, audience)
+        except RequestRejected as refusal:
+            raise PeerRejected(
+                f'the JWT-SVID of "{svid.spiffe_id}" is refused by the Workload API: '
+                f"{refusal.message}",
+                reason="TOKEN_REJECTED",
+            ) from refusal
+        if named != str(svid.spiffe_id):
+            raise ProtocolViolation("the Workload API speaks of another token than it was asked")
+
+    def _linked(self) -> WorkloadApiLink:
+        if self._link is None:
+            raise SourceClosed
+        return self._link
 
     # --- the streams ---------------------------------------------------------------------------
 

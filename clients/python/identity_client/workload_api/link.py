@@ -20,6 +20,7 @@ from identity_client._wire.workload import (
     JWTBundlesRequest,
     JWTBundlesResponse,
     JWTSVIDRequest,
+    ValidateJWTSVIDRequest,
     WorkloadApiStub,
     X509SVIDRequest,
     X509SVIDResponse,
@@ -92,6 +93,21 @@ class WorkloadApiLink:
             )
         )
         return token_from_wire(answer, spiffe_id=spiffe_id, audiences=audiences, received=utc_now())
+
+    async def validate_jwt_svid(self, token: str, audience: str) -> str:
+        """The SPIFFE ID of a token that holds, for `audience`.
+
+        Raises:
+            RequestRejected: it does not hold.
+            IdentityError: nobody could say.
+        """
+        request = ValidateJWTSVIDRequest(svid=token, audience=audience)
+        answer = await _answer(
+            self._stub.ValidateJWTSVID(
+                request, metadata=SECURITY_METADATA, timeout=self._settings.rpc_timeout
+            )
+        )
+        return answer.spiffe_id
 
     async def close(self) -> None:
         """Ends the connection."""
