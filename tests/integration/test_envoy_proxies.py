@@ -10,12 +10,14 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
@@ -23,6 +25,7 @@ from identity_broker.agent.identity import Caller
 from identity_broker.cli.envoy_bootstrap import Address, Bootstrap, Inbound, Outbound, Protocol
 from identity_broker.cli.yaml_text import to_yaml
 from identity_ca.issuer import X509Issuer
+from identity_ca.keys import KeyAlgorithm, LocalSigningKey, generate_private_key
 from identity_ca.spiffe_id import TrustDomain
 from support.envoy import RunningEnvoy, presented_serial, running_envoy
 from support.proxied import Application, application, get, load_on
@@ -31,6 +34,7 @@ from support.workload_identities import FakeIdentities
 
 pytestmark = [pytest.mark.timeout(180)]
 ANY = Address("127.0.0.1", 0)
+DAY = timedelta(days=1)
 ORDERS = "spiffe://example.org/shop/orders"
 STOCK = "spiffe://example.org/shop/stock"
 INTRUDER = "spiffe://example.org/shop/intruder"
@@ -321,16 +325,54 @@ async def test_bytes_flow_through(mesh: Mesh) -> None:
     server.close()
 
 
+def unconstrained_root(key: LocalSigningKey) -> x509.Certificate:
+    """A self-signed CA certificate of partner.test, as any other software makes it."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "partner")])
+    now = datetime.now(UTC)
+    key_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key)
+    usage = dict.fromkeys(
+        (
+            *("digital_signature", "content_commitment", "key_encipherment", "key_agreement"),
+            *("data_encipherment", "encipher_only", "decipher_only"),
+        ),
+        False,
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - DAY)
+        .not_valid_after(now + DAY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
+        .add_extension(key_id, critical=False)
+        .sign(key.as_private_key(), hashes.SHA256())
+    )
+
+
 async def test_a_federated_domain_speaks_for_itself_alone(
     envoy: Path, tmp_path: Path, open_directory: Path
 ) -> None:
-    """A partner's authority makes a certificate with a SPIFFE ID of ours: it is refused."""
+    """A partner's authority makes a certificate with a SPIFFE ID of ours: it is refused.
+
+    The authority's own certificate constrains no names, as ours would: what refuses it is that
+    Envoy was told whose authority it is.
+    """
     ours, theirs = FakeIdentities("example.org"), FakeIdentities("partner.test")
+    key = LocalSigningKey("memory:partner@1", generate_private_key(KeyAlgorithm.EC_P256))
+    root = unconstrained_root(key)
+
+    def issuer_for(trust_domain: TrustDomain) -> X509Issuer:
+        return X509Issuer(authority_id="partner", trust_domain=trust_domain, key=key, chain=[root])
+
+    theirs._authorities[0].root = root
+    theirs._authorities[0].x509 = issuer_for(theirs.trust_domain)
     ours._foreign["partner.test"] = theirs._authorities[0]
     theirs._foreign["example.org"] = ours._authorities[0]
     ours.grant("/shop/stock", who=envoy_named("stock"), federates_with=["partner.test"])
-    honest = theirs.grant("/shop/orders", who=envoy_named("orders"), federates_with=["example.org"])
-    (tmp_path / "a").mkdir()
+    orders = theirs.grant("/shop/orders", who=envoy_named("orders"), federates_with=["example.org"])
     (open_directory / "b").mkdir()
     async with (
         secrets_served(open_directory, ours) as our_secrets,
@@ -342,15 +384,9 @@ async def test_a_federated_domain_speaks_for_itself_alone(
         inbound = await mesh.stock(partner, ORDERS)
         outbound = await mesh.orders(inbound, socket=their_secrets.socket)
         assert await get(outbound) == (200, partner)
-        authority = theirs._authorities[0].x509
         forger = FakeIdentities("example.org")
-        forger._authorities[0].x509 = X509Issuer(
-            authority_id="forged",
-            trust_domain=TrustDomain("example.org"),
-            key=authority.key,
-            chain=[authority.certificate],
-        )
-        honest.identity = forger.grant("/shop/orders").identity
+        forger._authorities[0].x509 = issuer_for(forger.trust_domain)
+        orders.identity = forger.grant("/shop/orders").identity
         theirs.announce()
         async with asyncio.timeout(10):
             while (await get(outbound))[0] != 503:
