@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from identity_broker.cli.errors import NoBrokerNamed, UsageRefused
+from identity_broker.cli.errors import NoAgentNamed, NoBrokerNamed, UsageRefused
 from identity_broker.cli.options import Invocation
 from identity_broker.dev.state import FILE_NAME, AgentAddresses, DevState
 
@@ -73,6 +73,33 @@ def dev_agent(invocation: Invocation) -> AgentAddresses | None:
     if invocation.dir is None and os.environ.get("IDB_ADMIN_SOCKET"):
         return None
     return dev_state(invocation).agent
+
+
+def agent_socket(invocation: Invocation) -> Path:
+    """The admin socket of the node agent that is meant.
+
+    --socket, --dir, then IDB_AGENT_SOCKET, IDB_DIR, an agent that `idb dev` runs in ./.dev, and
+    the place where an agent of this machine listens.
+
+    Raises:
+        NoAgentNamed: nothing names one.
+        DevNotRunning: no `idb dev` runs in the directory named.
+    """
+    from identity_broker.config.agent_settings import DEFAULT_RUNTIME_DIR
+
+    if invocation.socket:
+        return invocation.socket
+    if invocation.dir is None and (socket := os.environ.get("IDB_AGENT_SOCKET")):
+        return Path(socket)
+    if invocation.dir or os.environ.get("IDB_DIR") or (DEFAULT_DIR / FILE_NAME).exists():
+        agent = dev_state(invocation).agent
+        if agent is None:
+            raise NoAgentNamed("that idb dev runs no node agent")
+        return Path(agent.admin_socket)
+    usual = DEFAULT_RUNTIME_DIR / "agent.sock"
+    if not usual.exists():
+        raise NoAgentNamed
+    return usual
 
 
 class Session:

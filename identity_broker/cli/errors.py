@@ -22,6 +22,17 @@ class NoBrokerNamed(BrokerError):
     default_hint = "name one with --dir DIR or --socket PATH, or start one: idb dev"
 
 
+class NoAgentNamed(BrokerError):
+    """Nothing says which node agent is meant."""
+
+    kind = Kind.INVALID
+    reason = "NO_AGENT_NAMED"
+    sentence = "no node agent was named, and none is where one would be"
+    default_hint = (
+        "name its admin socket with --socket PATH, or the idb dev that runs it with --dir DIR"
+    )
+
+
 class FileUnusable(BrokerError):
     """A file named on the command line cannot be read, written or understood."""
 

@@ -33,7 +33,7 @@ SECTIONS = {
         "node": LazyCommand("node", "node", "See, ban and evict attested nodes."),
         "entry": LazyCommand("entry", "entry", "Register who may become which identity."),
         "explain": LazyCommand(
-            "explain", "explain", "Say why a node would or would not get an identity."
+            "explain", "explain", "Say why a node or a process would or would not get an identity."
         ),
     },
     "Identities": {
