@@ -38,6 +38,8 @@ from identity_broker.dev.state import (
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WATCH_SECONDS = 0.5
+_JOIN_SECONDS = 20.0
+_JOIN_PAUSE = 0.02
 _AGENT_NODE = "dev-agent"
 _PORT_TAKEN = "cannot listen on"
 
@@ -147,8 +149,33 @@ class DevTree:
         config = _agent_config(settings, self._directory, broker, bundle_file)
         write_private(self._directory.agent_config, to_toml(config))
         said = self._agent.start(on_wait=stopped.check)
-        stopped.check()
+        self._wait_for_node(Path(said["admin_socket"]), stopped)
         return said["workload_api"], AgentAddresses(said["admin_socket"], token.node_id)
+
+    def _wait_for_node(self, agent_socket: Path, stopped: _StopSignal) -> None:
+        """Return when the agent is in step with the broker.
+
+        Raises:
+            DevChildEnded: it is not within a while, or it ended.
+        """
+        from identity_client.agent_client import AgentClient  # noqa: PLC0415 - loads gRPC
+
+        until = time.monotonic() + _JOIN_SECONDS
+        with AgentClient(agent_socket) as client:
+            while True:
+                status = client.status()
+                if status.connected and status.node_id:
+                    return
+                ended = self._agent.ended()
+                if ended is not None:
+                    raise ended
+                if time.monotonic() > until:
+                    raise DevChildEnded(
+                        f"the agent was not in step with the broker within {_JOIN_SECONDS:.0f} s",
+                        hint=f"its log: {self._directory.agent_log}",
+                        problems=status.problems,
+                    )
+                stopped.wait(_JOIN_PAUSE)
 
     def _start_openbao(self, stopped: _StopSignal) -> None:
         started = time.monotonic()
