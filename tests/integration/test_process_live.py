@@ -20,7 +20,7 @@ from identity_broker.domain.caller import LocalPeer
 from identity_broker.errors import AttestationFailed, CallerUnknown, ProcessChanged
 from identity_broker.localpeer.credentials import ConnectedProcess, process_of
 from identity_broker.localpeer.process import Executable, LiveProcess
-from support.processes import Puppet, in_pid_namespace, listening, unshare
+from support.processes import Puppet, became, in_pid_namespace, listening, unshare
 
 PINNED = hasattr(os, "pidfd_open") and tuple(
     int(part) for part in os.uname().release.split(".")[:2]
@@ -98,7 +98,7 @@ def test_exec_of_another_program_is_a_change(tmp_path: Path, listener: socket.so
         puppet.connect(tmp_path / "s")
         with closing(accepted(listener)) as process:
             puppet.tell("os.execv('/bin/sleep', ['sleep', '60'])")
-            assert became(puppet.pid, "sleep")
+            became(puppet.pid, "sleep")
             with pytest.raises(ProcessChanged):
                 process.check()
             assert process.is_alive  # the same process all the same
@@ -152,6 +152,7 @@ def test_a_program_that_was_replaced_is_still_the_same_one(
     shutil.copymode("/bin/sleep", program)
     child = subprocess.Popen([program, "60"])
     try:
+        became(child.pid, "program")
         with closing(LiveProcess.of_pid(child.pid)) as process:
             new = tmp_path / "new"
             shutil.copy("/bin/true", new)
@@ -417,15 +418,6 @@ print(mistaken.pidfd_is_pinned)
 
 
 # --- small --------------------------------------------------------------------------------------
-
-
-def became(pid: int, name: str) -> bool:
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/comm").read_text().strip() != name:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def until_connected(client: socket.socket, path: Path) -> None:

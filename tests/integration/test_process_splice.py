@@ -20,7 +20,7 @@ from identity_broker.localpeer.door import Access, LocalDoor
 from identity_broker.localpeer.endpoint import open_endpoint
 from identity_broker.localpeer.process import LiveProcess
 from identity_broker.localpeer.splice import Splice
-from support.processes import Puppet
+from support.processes import Puppet, became
 
 ROOT = os.geteuid() == 0
 
@@ -229,7 +229,7 @@ async def test_a_request_sent_before_an_exec_is_never_heard_as_the_new_program(
             puppet.connect(door.path)
             puppet.do("s.sendall(b'request')")
             puppet.tell("os.execv('/bin/sleep', ['sleep', '60'])")
-            until_it_is("sleep", puppet.pid)  # the loop has not run since the connect
+            became(puppet.pid, "sleep")  # the loop has not run since the connect
             await until(lambda: bool(door.echo.names))
             process = door.splice.process(door.peer)
             assert isinstance(process, LiveProcess)
@@ -257,13 +257,6 @@ async def test_nothing_waits_when_nothing_was_sent_early(tmp_path: Path) -> None
             assert await ask(puppet, "s.recv(9)") == "b'settings '"
             await do(puppet, "s.sendall(b'preface')")
             await until(lambda: door.echo.heard == b"preface")
-
-
-def until_it_is(name: str, pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/comm").read_text().strip() != name:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # --- refused, dropped ---------------------------------------------------------------------------
@@ -315,7 +308,7 @@ async def test_an_exec_after_connect_is_noticed_before_the_next_secret(tmp_path:
             assert isinstance(process, LiveProcess)
             process.check()
             puppet.tell("os.execv('/bin/sleep', ['sleep', '60'])")
-            until_it_is("sleep", puppet.pid)
+            became(puppet.pid, "sleep")
             with pytest.raises(ProcessChanged):
                 process.check()
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -93,6 +94,18 @@ class Puppet:
                 pipe.close()
 
 
+def became(pid: int, name: str) -> None:
+    """Wait until the process runs the program of that name, and waits for something itself."""
+    deadline = time.monotonic() + 10
+    while True:
+        raw = Path(f"/proc/{pid}/stat").read_text()
+        comm, state = raw.partition("(")[2].rpartition(")")[0], raw.rpartition(") ")[2][0]
+        if (comm, state) == (name, "S"):
+            return
+        assert time.monotonic() < deadline, f"it is {comm}, {state}"
+        time.sleep(0.005)
+
+
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
     """A listening socket that knows its senders, as an `Endpoint` does."""
@@ -157,3 +170,51 @@ def until(condition):
         assert time.monotonic() < deadline
         time.sleep(0.002)
 """
+
+
+def _cgroup2() -> Path:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.split()[0] == "cgroup2":
+            return Path(before.split()[4])
+    pytest.skip("this machine has no cgroup v2")
+
+
+@contextmanager
+def in_control_group(path: str, *pids: int) -> Iterator[None]:
+    """Have the processes in a control group of that path while the block runs.
+
+    They must have ended when it does. Skips where this user may make none.
+    """
+    root = _cgroup2()
+    made: list[Path] = []
+    try:
+        folder = root
+        for segment in path.strip("/").split("/"):
+            folder /= segment
+            try:
+                folder.mkdir()
+                made.append(folder)
+            except FileExistsError:
+                pass
+        for pid in pids:
+            (folder / "cgroup.procs").write_text(str(pid))
+    except PermissionError:
+        _remove(made)
+        pytest.skip("this user may not make control groups")
+    try:
+        yield
+    finally:
+        _remove(made)
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in reversed(folders):
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                folder.rmdir()
+                break
+            except OSError:  # the last process is on its way out
+                assert time.monotonic() < deadline, f"{folder} is in use"
+                time.sleep(0.01)
