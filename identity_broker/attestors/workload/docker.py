@@ -238,7 +238,7 @@ def _container(id: str, answer: Mapping[str, Any]) -> _Container | None:
     """Read the engine's answer; None: the container does not run, or this is another one."""
     state, config = _object(answer.get("State")), _object(answer.get("Config"))
     pid = state.get("Pid")
-    if answer.get("Id") != id or not isinstance(pid, int) or pid <= 0:
+    if answer.get("Id") != id or type(pid) is not int or pid <= 0:
         return None
     first = _first_of(pid)
     if first is None:
