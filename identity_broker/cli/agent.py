@@ -10,16 +10,25 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from identity_broker.cli.config import config_option, set_option
+from identity_broker.cli.connect import agent_socket
 from identity_broker.cli.foreground import log_stream, stop_on_signal
-from identity_broker.cli.options import Invocation, pass_invocation
-from identity_broker.cli.output import OutputFormat, emit, facts, say
-from identity_broker.cli.tree import IdbGroup
+from identity_broker.cli.options import Invocation, SharedOption, dir_option, pass_invocation
+from identity_broker.cli.output import (
+    OutputFormat,
+    Style,
+    Text,
+    emit,
+    facts,
+    moment,
+    say,
+)
+from identity_broker.cli.tree import IdbCommand, IdbGroup
+from identity_broker.errors import AgentNotReady
 
 if TYPE_CHECKING:
     from identity_broker.agent.app import AgentAddresses
     from identity_broker.config.agent_settings import AgentSettings
-
-_SOCKET_VARIABLE = "IDB_AGENT_SOCKET"
+    from identity_client.agent_client import AgentStatus
 
 
 @click.group(cls=IdbGroup)
@@ -116,6 +125,62 @@ async def _serve(
 
     configure(settings.log.level, settings.log.format, stream)
     await run_agent(settings, ready=ready, stop=stop_on_signal())
+
+
+@agent.command(
+    cls=IdbCommand,
+    params=[
+        dir_option(text="The agent that `idb dev --dir DIR` runs [env: IDB_DIR]."),
+        SharedOption(
+            "--socket",
+            type=click.Path(path_type=Path),
+            metavar="PATH",
+            help="The agent's admin socket [env: IDB_AGENT_SOCKET].",
+        ),
+    ],
+    examples=["idb agent status", "idb --dir .dev agent status -o json"],
+)
+@pass_invocation
+def status(invocation: Invocation) -> None:
+    """Say how a node agent of this machine is doing.
+
+    For root and the agent's own user. Exit code 0: it serves what it has, even if something is
+    wrong; 6: it hands out nothing.
+    """
+    from identity_client.agent_client import AgentClient, AgentHealth
+
+    with AgentClient(agent_socket(invocation)) as client:
+        found = client.status()
+    emit(invocation.output, found, lambda: _status_text(found))
+    if found.health is AgentHealth.DOWN:
+        raise AgentNotReady(
+            "the agent hands out nothing",
+            hint=found.problems[0] if found.problems else "its log says why",
+        )
+
+
+def _status_text(found: AgentStatus) -> str:
+    from identity_client.clock import utc_now
+
+    now = utc_now()
+    style = {"ok": Style.GOOD, "degraded": Style.WARN}.get(found.health.value, Style.BAD)
+    pairs: list[tuple[str, str | Text]] = [("health", Text(found.health.value, style))]
+    pairs += [("problem", Text(problem, Style.WARN)) for problem in found.problems]
+    pairs += [
+        ("node", found.node_id or "- (not attested yet)"),
+        ("its SVID", f"{found.node_serial or '-'}, ends {moment(found.node_expires_at, now=now)}"),
+        ("broker", f"{found.broker_address}, {'connected' if found.connected else 'away'}"),
+        ("last heard", moment(found.heard_at, now=now)),
+        ("revision", str(found.revision)),
+        ("entries", str(found.entries)),
+        ("X.509-SVIDs", f"{found.x509_svids}, {found.overdue} overdue"),
+        ("JWT-SVIDs", str(found.jwt_svids)),
+        ("connections", str(found.connections)),
+        ("Workload API", found.workload_api),
+        ("version", found.version),
+        ("started", moment(found.started_at, now=now)),
+    ]
+    return facts(pairs)
 
 
 @agent.group(cls=IdbGroup)
