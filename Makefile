@@ -69,5 +69,5 @@ clean: ## Remove caches and build products
 	@rm -rf build dist .bench .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv and .dev as well
-	@rm -rf .venv .dev
+distclean: clean ## Remove .venv, .dev and the Envoy of the tests as well
+	@rm -rf .venv .dev .envoy

@@ -31,6 +31,7 @@ IMPORT_NAMES = {
 RUN_BY_ALEMBIC = "identity_broker.store.migrations"
 # What an extra is for; the distribution must import without it.
 BEHIND_AN_EXTRA = {
+    "identity-broker": {"envoy": "identity_broker.agent.sds."},
     "identity-broker-ca": {"vault": "identity_ca.backends.vault"},
 }
 
@@ -68,8 +69,13 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
             (),
             {"identity_api", "identity_broker", "identity_ca", "identity_client"},
         ),
+        (
+            "identity-broker",
+            ("envoy",),
+            {"identity_api", "identity_broker", "identity_ca", "identity_client"},
+        ),
     ],
-    ids=["api", "ca", "ca-vault", "client", "broker"],
+    ids=["api", "ca", "ca-vault", "client", "broker", "broker-envoy"],
 )
 def test_every_module_imports_with_only_what_is_declared(
     name: str,
