@@ -194,6 +194,8 @@ async def test_a_process_of_no_container_asks_no_engine(engine: Engine, socket_p
 
 async def test_mounts_name_a_container_and_prove_nothing(engine: Engine, socket_path: Path) -> None:
     """Bind mounts and names anybody can make; the group and the PID namespace he cannot."""
+    if not ENGINES_ARE_MINE:
+        pytest.skip("an engine of another user is not asked about system containers")
     attestor = DockerAttestor([socket_path])
     fake = socket_path.parent / "var" / "lib" / "docker" / "containers" / ID
     fake.mkdir(parents=True)

@@ -22,6 +22,14 @@ import pytest
 
 _LOOP = """
 import sys, os, socket, array, threading, time, signal
+
+def over(connection):
+    "Whether it has ended, with or without bytes that nobody read."
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
 space = dict(globals())
 for line in sys.stdin:
     try:
