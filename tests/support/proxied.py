@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -51,7 +52,9 @@ async def application() -> AsyncIterator[Application]:
         server.close()
 
 
-async def get(address: str, *, seconds: float = 10) -> tuple[int, str]:
+async def get(
+    address: str, *, tls: ssl.SSLContext | None = None, seconds: float = 10
+) -> tuple[int, str]:
     """GET / on a connection of its own: status and body.
 
     Raises:
@@ -59,7 +62,7 @@ async def get(address: str, *, seconds: float = 10) -> tuple[int, str]:
     """
     host, _, port = address.rpartition(":")
     async with asyncio.timeout(seconds):
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
         try:
             return await _exchange(reader, writer)
         except asyncio.IncompleteReadError as exc:
