@@ -16,12 +16,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from identity_api.broker.v1 import types_pb2
 from identity_broker.cli.errors import UsageRefused
 from identity_broker.cli.options import Invocation
 from identity_broker.cli.svid import _asking
 from identity_broker.cli.svid_fetch import parse_hook
 from identity_broker.dev.state import AgentAddresses, BrokerAddresses, DevState
 from identity_client.keys import spki_der
+from support.line import running, settings_in
 from support.svid_watch import fetch_once, watching
 from support.workload_server import ScriptedDomain, ScriptedWorkloadApi, serving
 
@@ -363,6 +365,26 @@ async def test_a_full_disk_is_waited_out(
         await api.say(domain.offer(newest))
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
         assert (await watch.document(2))["serial"] == newest.serial
+
+
+async def test_a_node_of_its_own_can_be_followed_too(tmp_path: Path) -> None:
+    """With a join token, as ever; --watch and --write are the same."""
+    out = tmp_path / "svids"
+    async with running(settings_in(tmp_path / "idb", ca={"key_manager": "memory"})) as broker:
+        selector = types_pb2.Selector(type="join_token", value="name:n1")
+        await broker.entry("/web", "n1", selectors=[selector], x509_ttl_seconds=10)
+        (tmp_path / "token").write_text(await broker.token("n1"))
+        async with watching(
+            *("--address", broker.addresses.address),
+            *("--bootstrap-address", broker.addresses.bootstrap_address),
+            *("--trust-domain", "example.org", "--bundle", str(broker.settings.server.bundle_file)),
+            *("--token-file", str(tmp_path / "token"), "--spiffe-id", "/web"),
+            *("--write", str(out)),
+        ) as watch:
+            first, second = await watch.document(1), await watch.document(2)
+    assert first["spiffe_id"] == "spiffe://example.org/web"
+    assert first["serial"] != second["serial"] == serial_in(out / "svid.pem")
+    assert not (out / "crl.pem").exists()
 
 
 async def test_one_writer_to_a_directory(

@@ -26,7 +26,14 @@ __all__ = ["ListReader"]
 _logger = logging.getLogger(__name__)
 
 _ISSUERS_KEPT = 64
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class ListReader:
@@ -59,7 +66,7 @@ class ListReader:
 
     def _is_believable(self, der: bytes, crl: x509.CertificateRevocationList) -> bool:
         named = Issuer.of(crl)
-        known = [one for one in self._issuers if _as_issuer(one).may_be(named)]
+        known = [one for one in self._issuers if _may_have_signed(one, named)]
         if not known or any(self._is_signed_by(der, crl, one) for one in known):
             return True
         _logger.warning("a revocation list was not signed by its issuer and is ignored")
@@ -95,13 +102,15 @@ def _is_understood(value: x509.ExtensionType) -> bool:
     return isinstance(value, (x509.AuthorityKeyIdentifier, x509.CRLNumber))
 
 
-def _as_issuer(certificate: x509.Certificate) -> Issuer:
+def _may_have_signed(certificate: x509.Certificate, named: Issuer) -> bool:
     try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-        key_id = found.value.digest
-    except x509.ExtensionNotFound:
         key_id = b""
-    return Issuer(certificate.subject.public_bytes(), key_id)
+        for extension in certificate.extensions:
+            if isinstance(extension.value, x509.SubjectKeyIdentifier):
+                key_id = extension.value.digest
+        return Issuer(certificate.subject.public_bytes(), key_id).may_be(named)
+    except _UNREADABLE:
+        return False
 
 
 def _verifies(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
