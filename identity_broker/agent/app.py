@@ -23,7 +23,7 @@ from identity_broker.agent.admin import AgentAdmin, AgentReport
 from identity_broker.agent.follow import Follower, Listeners
 from identity_broker.agent.health import Facts, Health, HealthReport, judge
 from identity_broker.agent.identities import Identities
-from identity_broker.agent.listener import WorkloadListener
+from identity_broker.agent.listener import ADMIN_SOCKET, WorkloadListener
 from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.renewals import Renewals
 from identity_broker.agent.svids import Svids
@@ -164,7 +164,9 @@ class Agent:
             per_uid_limit=settings.workloads.connections_per_user,
             on_count=self._metrics.agent_connections.set,
         )
-        self._admin_door = WorkloadListener(settings.agent.admin_socket)
+        self._admin_door = WorkloadListener(
+            settings.agent.admin_socket, naming=ADMIN_SOCKET, header=False
+        )
 
     async def serve(self, resources: AsyncExitStack) -> AgentAddresses:
         """Open the sockets and start to follow the broker.

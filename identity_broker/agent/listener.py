@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +41,9 @@ MAX_MESSAGE_BYTES: Final = 64 * 1024
 CONNECTIONS: Final = 2048
 CONNECTIONS_PER_USER: Final = 1024
 STREAMS_PER_CONNECTION: Final = 100
+_CLOSING_SECONDS: Final = 0.1
 WORKLOAD_API: Final = Naming(what="the Workload API", setting="agent.workload_api", server="agent")
+ADMIN_SOCKET: Final = Naming(what="the admin socket", setting="agent.admin_socket", server="agent")
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -83,6 +86,8 @@ class WorkloadListener:
         limit: most connections at a time.
         per_uid_limit: most connections of one user.
         on_count: told how many connections there are.
+        naming: what messages call it.
+        header: whether a call that nobody serves is asked for the security header.
     """
 
     def __init__(
@@ -93,6 +98,8 @@ class WorkloadListener:
         limit: int = CONNECTIONS,
         per_uid_limit: int = CONNECTIONS_PER_USER,
         on_count: Callable[[int], object] = lambda _count: None,
+        naming: Naming = WORKLOAD_API,
+        header: bool = True,
     ) -> None:
         self._door = LocalDoor(
             path.absolute(),
@@ -102,8 +109,10 @@ class WorkloadListener:
             limit_per_uid=per_uid_limit,
             presence=True,
             on_count=on_count,
-            naming=WORKLOAD_API,
+            naming=naming,
         )
+        self._last: tuple[grpc.GenericRpcHandler, ...] = (_Unknown(),) if header else ()
+        self._naming = naming
         self._server: grpc.aio.Server | None = None
         self.callers: Final = Callers(self._door)
 
@@ -126,7 +135,7 @@ class WorkloadListener:
         if self._server is not None:
             raise InvariantViolated(detail="a listener starts once")
         server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((*handlers, _Unknown()))
+        server.add_generic_rpc_handlers((*handlers, *self._last))
 
         async def serve(inner: Path) -> None:
             try:
@@ -139,15 +148,19 @@ class WorkloadListener:
 
         await self._door.open(serve)
         self._server = server
-        _log.info("listening", listener="workload", address=self.address)
+        _log.info("listening", listener=self._naming.what, address=self.address)
 
     async def stop(self, grace: timedelta) -> None:
         """Take no new connections; let running calls end within `grace`, then cancel them."""
         if self._server is None:
             return
         self._door.stop_accepting()
-        await self._server.stop(grace.total_seconds())
+        seconds = grace.total_seconds()
+        stopped = asyncio.create_task(self._server.stop(seconds))
+        # gRPC waits for every connection, and a peer that reads nothing would keep it for ever.
+        await asyncio.wait({stopped}, timeout=seconds + _CLOSING_SECONDS)
         await self._door.close()
+        await stopped
 
 
 class _Unknown(grpc.GenericRpcHandler):

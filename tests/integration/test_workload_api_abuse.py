@@ -356,3 +356,20 @@ async def test_stopping_does_not_wait_for_streams(open_directory: Path) -> None:
         api.service.end_streams()
         await api.listener.stop(timedelta(seconds=5))
         assert loop.time() - began < 2
+
+
+async def test_stopping_does_not_wait_for_a_client_that_never_reads(open_directory: Path) -> None:
+    """Its stream cannot even be told: the connection's end must do."""
+    identities = FakeIdentities()
+    for number in range(100):
+        identities.grant(f"/service-{number}")
+    async with served(open_directory, identities) as api:
+        async with probe(api, "deaf", "20"):
+            await until(lambda: identities.watchers == 20)
+            await asyncio.sleep(0.3)  # more than the socket takes is on its way
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            api.service.end_streams()
+            await api.listener.stop(timedelta(seconds=0.5))
+            assert loop.time() - began < 2
+        await until(lambda: api.service.streams == identities.watchers == 0)

@@ -1,11 +1,13 @@
-"""A workload in a process of its own, without our code: workload_probe.py UID SOCKET ACT.
+"""A workload in a process of its own: workload_probe.py UID SOCKET ACT.
 
-It becomes the user UID first: the interpreter may lie where only its owner can start it.
+Without our code but for the messages of the agent's own API. It becomes the user UID first: the
+interpreter may lie where only its owner can start it.
 
     x509      FetchX509SVID: a line for every message, its SPIFFE IDs; a line for its end
     exec      as x509, but on a line of input it becomes another program, with the connection open
     heir      as x509, and a child of it inherits the connection; a line with the child's pid
     flood N   connects N times and keeps what stays open; a line with how many that are
+    explain N asks the agent's admin socket about process N; a line with what it is told
     deaf N    opens N streams of one connection and never reads a byte of the answers
 """
 
@@ -65,6 +67,21 @@ def x509(uid: int, path: str) -> None:
             say(end="OK")
         except grpc.RpcError as error:
             say(end=error.code().name)
+
+
+def explain(uid: int, path: str, pid: str) -> None:
+    import grpc
+
+    from identity_api.agent.v1 import agent_pb2, agent_pb2_grpc
+
+    become(uid)
+    with grpc.insecure_channel(f"unix:{path}") as channel:
+        stub: Any = agent_pb2_grpc.AgentStub(channel)
+        try:
+            answer = stub.ExplainProcess(agent_pb2.ExplainProcessRequest(pid=int(pid)))
+            say(selectors=list(answer.selectors))
+        except grpc.RpcError as error:
+            say(end=error.code().name, text=error.details())
 
 
 def becoming_another(uid: int, path: str) -> None:
@@ -161,6 +178,7 @@ ACTS: dict[str, Any] = {
     "exec": becoming_another,
     "heir": heir,
     "flood": flood,
+    "explain": explain,
     "deaf": deaf,
 }
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,7 @@ from identity_broker.telemetry.logs import get_logger
 _log = get_logger("listener")
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+_CLOSING_SECONDS: Final = 0.1
 _SEND_BYTES: Final = 64 * 1024 * 1024  # a page of 1,000 entries at their largest
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.so_reuseport", 0),  # two brokers on one port is a mistake until it is a feature
@@ -232,8 +234,12 @@ class LocalListener:
         if self._server is None:
             return
         self._door.stop_accepting()
-        await self._server.stop(grace.total_seconds())
+        seconds = grace.total_seconds()
+        stopped = asyncio.create_task(self._server.stop(seconds))
+        # gRPC waits for every connection, and a peer that reads nothing would keep it for ever.
+        await asyncio.wait({stopped}, timeout=seconds + _CLOSING_SECONDS)
         await self._door.close()
+        await stopped
 
 
 def _cannot_bind(address: str, cause: Exception | None) -> ConfigError:
