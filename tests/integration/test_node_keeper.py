@@ -309,7 +309,9 @@ async def test_a_clock_that_was_wrong_for_a_while_costs_a_node_nothing(
         await until(lambda: keeper.status.phase is NodePhase.REFUSED)
         assert keeper.status.node_id == node_id("n1")
         keeper._node = node
-        await until(lambda: keeper.status.phase is NodePhase.ATTESTED)
+        async with asyncio.timeout(10):
+            await keeper.attested()  # and is used again
+        assert keeper.status.phase is NodePhase.ATTESTED
         assert keeper.serial == before
         await until(lambda: bool(held.updates))
 

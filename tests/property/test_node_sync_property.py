@@ -1,284 +1,155 @@
-"""Whatever happens, and however often a node breaks off: it has exactly what it may ask for."""
+"""The stream of changes, as no broker would cut it and as no broker would say it."""
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from datetime import datetime
 
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
+from spiffe import TrustDomain
 
-from identity_broker.domain import names
-from identity_broker.domain.entry import RegistrationEntry
-from identity_broker.domain.node import Node
-from identity_broker.domain.selector import Selector
-from identity_broker.errors import AuthorizationError, BrokerError
-from identity_broker.lifecycle.authorize import Authorize
-from identity_broker.lifecycle.directory import Directory
-from identity_broker.lifecycle.journal import Journal
-from identity_broker.lifecycle.node_stream import News, NodeStream, Resume
-from identity_broker.lifecycle.roster import Roster
-from identity_broker.lifecycle.sync import NodeSync, entry_digest
-from identity_broker.store import Repositories, Store
-from identity_ca.bundle import TrustBundle
-from identity_ca.spiffe_id import SpiffeId
-from support.store import SettableClock, sqlite_url
-from support.verbs import DOMAIN, TTL
+from identity_api.broker.v1 import credential_pb2, node_sync_pb2, types_pb2
+from identity_client._wire.sync import UpdateReader
+from identity_client.errors import ProtocolViolation
+from identity_client.node import SyncUpdate, entry_digest
+from support.sync_server import delta, entry
 
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
-BROKER = names.broker_id(DOMAIN)
-NODES = [names.node_id(DOMAIN, "join_token", name) for name in "ab"]
-GROUPS = [SpiffeId.from_segments(DOMAIN, "group", name) for name in "xy"]
-FACTS = [Selector("join_token", f"name:{name}") for name in "ab"]
-BUNDLE = TrustBundle(trust_domain=DOMAIN, x509_authorities=(), jwt_keys=())
-MINUTE = timedelta(minutes=1)
+DOMAIN = TrustDomain("example.org")
+BUNDLE = types_pb2.TrustBundle(trust_domain="example.org", x509_authorities=[b"ca"], sequence=1)
 
-_ids = st.sampled_from([f"e{at}" for at in range(5)])
-_expiry = st.sampled_from([None, None, NOW + MINUTE, NOW + 3 * MINUTE])
-_facts = st.frozensets(st.sampled_from(FACTS), min_size=1)
-_node = st.sampled_from(NODES)
-STEPS = st.one_of(
-    st.tuples(
-        st.just("workload"),
-        _ids,
-        st.sampled_from([*NODES, *GROUPS]),
-        st.booleans(),
-        _expiry,
-    ),
-    st.tuples(st.just("group"), _ids, st.sampled_from(GROUPS), _facts, st.booleans(), _expiry),
-    st.tuples(st.just("delete"), _ids),
-    st.tuples(st.just("attest"), _node, st.frozensets(st.sampled_from(FACTS))),
-    st.tuples(st.just("ban"), _node),
-    st.tuples(st.just("evict"), _node),
-    st.tuples(st.just("look")),
-    st.tuples(st.just("move_clock"), st.sampled_from([-2, 1, 2])),
-    st.tuples(st.just("follow"), _node),
-    st.tuples(st.just("follow"), _node),
-    st.tuples(st.just("leave"), _node),
-    st.tuples(st.just("forget"), _node),
-    st.tuples(st.just("restart")),
-    st.tuples(st.just("reread")),
+numbers = st.integers(0, 2**63 - 1) | st.sampled_from([0, 1, 2, 2**63 - 1])
+names = st.text(max_size=8) | st.sampled_from(
+    ["spiffe://example.org/a", "spiffe://example.org/a/../b", "spiffe://other.org/a", "example.org"]
 )
 
 
-@dataclass
-class Follower:
-    """A node's side of the stream, as node_sync.proto says."""
-
-    node_id: SpiffeId
-    stream: NodeStream | None = None
-    revision: int = 0
-    entries: dict[str, RegistrationEntry] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> int:
-        digest = 0
-        for entry in self.entries.values():
-            digest ^= entry_digest(entry.id, entry.revision)
-        return digest
-
-    def apply(self, news: News) -> None:
-        if news.full:
-            self.entries.clear()
-        else:
-            assert news.previous == self.revision, "a gap"
-            assert not {item.id for item in news.changed} & set(news.removed_ids)
-        self.entries.update((entry.id, entry) for entry in news.changed)
-        for entry_id in news.removed_ids:
-            self.entries.pop(entry_id, None)
-        self.revision = news.revision
-        assert self.digest == news.entries_digest
-
-
-class World:
-    """A store, a broker's memory, and nodes that follow it."""
-
-    def __init__(self, folder: Path, migrated: Path, most: int) -> None:
-        (folder / "broker.db").write_bytes(migrated.read_bytes())
-        (folder / "broker.db").chmod(0o600)
-        self.clock = SettableClock(NOW)
-        self.store = Store(sqlite_url(folder), clock=self.clock)
-        self.most = most
-        self.followers = {key: Follower(key) for key in NODES}
-        self.full = 0
-
-    async def start(self) -> None:
-        """As a broker does; also after it was killed."""
-        self.directory = Directory(self.store, DOMAIN, self.clock)
-        self.directory.journal = Journal(self.most)
-        await self.directory.load()
-        self.authorize = Authorize(self.directory, DOMAIN, TTL, self.clock)
-        self.sync = NodeSync(
-            directory=self.directory,
-            authorize=self.authorize,
-            roster=Roster(),
-            trust_domain=DOMAIN,
-            clock=self.clock,
-            bundle=lambda: BUNDLE,
-            lists=lambda: (),
+@st.composite
+def messages(draw: st.DrawFn) -> node_sync_pb2.SyncResponse:
+    """Anything that the protocol's grammar allows, sense or none."""
+    message = node_sync_pb2.SyncResponse(
+        revision=draw(numbers),
+        previous=draw(numbers),
+        full=draw(st.booleans()),
+        complete=draw(st.booleans()),
+        removed_ids=draw(st.lists(names, max_size=2)),
+        entries_digest=draw(numbers),
+        reconnect_spread_ms=draw(st.integers(-(2**31), 2**31 - 1)),
+        sent_at_ms=draw(st.integers(-(2**63), 2**63 - 1)),
+    )
+    if draw(st.booleans()):
+        message.changed.add(
+            id=draw(names),
+            spiffe_id=draw(names),
+            revision=draw(numbers),
+            selectors=[types_pb2.Selector(type=draw(names), value=draw(names))],
+            expires_at=draw(st.integers(-(2**63), 2**63 - 1)),
+            x509_ttl_seconds=draw(st.integers(-(2**31), 2**31 - 1)),
         )
-        for follower in self.followers.values():
-            follower.stream = None
-
-    async def workload(
-        self, entry_id: str, parent: SpiffeId, disabled: bool, expires_at: datetime | None
-    ) -> None:
-        await self._put(
-            RegistrationEntry(
-                id=entry_id,
-                spiffe_id=SpiffeId.from_segments(DOMAIN, "workload", entry_id),
-                parent_id=parent,
-                selectors=frozenset({Selector("unix", "uid:1")}),
-                disabled=disabled,
-                expires_at=expires_at,
+    if draw(st.booleans()):
+        message.bundle.CopyFrom(
+            types_pb2.TrustBundle(
+                trust_domain=draw(names),
+                x509_authorities=draw(st.lists(st.binary(max_size=4), max_size=2)),
+                refresh_hint_seconds=draw(st.integers(-(2**63), 2**63 - 1)),
+                jwt_keys=[types_pb2.JwtKey(expires_at=draw(st.integers(-(2**63), 2**63 - 1)))],
             )
         )
-
-    async def group(
-        self,
-        entry_id: str,
-        group: SpiffeId,
-        selectors: frozenset[Selector],
-        disabled: bool,
-        expires_at: datetime | None,
-    ) -> None:
-        await self._put(
-            RegistrationEntry(
-                id=entry_id,
-                spiffe_id=group,
-                parent_id=BROKER,
-                selectors=selectors,
-                disabled=disabled,
-                expires_at=expires_at,
+    if draw(st.booleans()):
+        message.revocations.append(
+            credential_pb2.Revocation(
+                id=draw(names),
+                kind=draw(st.sampled_from(credential_pb2.CredentialKind.values())),
+                revoked_at=draw(numbers),
+                expires_at=draw(numbers),
             )
         )
-
-    async def _put(self, entry: RegistrationEntry) -> None:
-        def write(repos: Repositories) -> None:
-            if repos.entries.get_many([entry.id]):
-                repos.entries.replace(entry)
-            else:
-                repos.entries.create(entry)
-
-        await self._write(write)
-
-    async def delete(self, entry_id: str) -> None:
-        await self._write(lambda repos: repos.entries.delete(entry_id))
-
-    async def attest(self, node_id: SpiffeId, selectors: frozenset[Selector]) -> None:
-        node = Node(
-            spiffe_id=node_id,
-            attestor="join_token",
-            selectors=selectors,
-            attested_at=NOW,
-            serial="00" * 20,
-            expires_at=NOW + timedelta(hours=1),
-            reattestable=False,
-        )
-        await self._write(lambda repos: repos.nodes.upsert(node))
-
-    async def ban(self, node_id: SpiffeId) -> None:
-        await self._write(
-            lambda repos: repos.nodes.upsert(replace(repos.nodes.get(node_id), banned=True))
-        )
-
-    async def evict(self, node_id: SpiffeId) -> None:
-        await self._write(lambda repos: repos.nodes.delete(node_id))
-
-    async def _write(self, write: Any) -> None:
-        with suppress(BrokerError):  # there is none, or there is one already
-            await self.store.write(write)
-
-    # --- what happens to the broker -----------------------------------------------------------
-
-    async def restart(self) -> None:
-        await self.start()
-
-    async def reread(self) -> None:
-        """The feed no longer reaches back: everything is read anew, under the open streams."""
-        await self.directory._start_over()
-
-    async def move_clock(self, minutes: int) -> None:
-        self.clock.time += minutes * MINUTE
-        await self.sync.look_at_groups()
-
-    async def look(self) -> None:
-        await self.directory.sync()
-        await self.sync.look_at_groups()
-
-    # --- what happens to a node ---------------------------------------------------------------
-
-    async def follow(self, node_id: SpiffeId) -> None:
-        """Connect if need be, and take what is there."""
-        follower = self.followers[node_id]
-        try:
-            if follower.stream is None:
-                resume = Resume(follower.revision, follower.digest) if follower.revision else None
-                follower.stream = await self.sync.open(node_id, resume)
-            while follower.stream.waiting.steps or follower.stream.ended:
-                news = await self.sync.next(follower.stream)
-                assert news is not None
-                self.full += news.full
-                follower.apply(news)
-                follower.stream.acknowledge(news.revision)
-        except AuthorizationError:
-            if follower.stream is not None:
-                self.sync.close(follower.stream)
-            self.followers[node_id] = Follower(node_id)
-
-    async def leave(self, node_id: SpiffeId) -> None:
-        follower = self.followers[node_id]
-        if follower.stream is not None:
-            self.sync.close(follower.stream)
-            follower.stream = None
-
-    async def forget(self, node_id: SpiffeId) -> None:
-        """The node loses an entry: what it says it has is not what the broker thinks."""
-        await self.leave(node_id)
-        follower = self.followers[node_id]
-        if follower.entries:
-            follower.entries.pop(min(follower.entries))
-
-    def assert_equal(self) -> None:
-        now = self.clock.now()
-        for node_id, follower in self.followers.items():
-            try:
-                allowed = self.authorize.entries(node_id)
-            except AuthorizationError:
-                assert follower.stream is None
-                assert not follower.entries
-                continue
-            live = [entry for entry in follower.entries.values() if entry.is_live(now)]
-            assert sorted(live, key=lambda entry: entry.id) == allowed
+    return message
 
 
-async def _play(world: World, steps: list[tuple[Any, ...]]) -> None:
-    await world.store.open()
-    try:
-        await world.start()
-        for node_id in NODES:
-            await world.attest(node_id, frozenset(FACTS[:1]))
-        for step in steps:
-            name, *arguments = step
-            await getattr(world, name)(*arguments)
-        await world.look()
-        for node_id in NODES:
-            await world.follow(node_id)
-        world.assert_equal()
-    finally:
-        await world.store.close()
+async def nobody(_revision: int) -> None:
+    """Takes acknowledgements."""
 
 
-@given(steps=st.lists(STEPS, max_size=40), most=st.sampled_from([0, 3, 1000]))
-def test_a_node_has_exactly_the_entries_it_may_ask_for(
-    _migrated_file: Path,  # noqa: PT019
-    steps: list[tuple[Any, ...]],
-    most: int,
+@given(st.lists(messages(), max_size=4), numbers)
+def test_whatever_is_said_is_read_or_refused(
+    said: list[node_sync_pb2.SyncResponse], position: int
 ) -> None:
-    with TemporaryDirectory() as folder:
-        asyncio.run(_play(World(Path(folder), _migrated_file, most), steps))
+    reader = UpdateReader(DOMAIN, position, nobody)
+    stands: int | None = position or None
+    with suppress(ProtocolViolation):
+        for message in said:
+            update = reader.read(message)
+            if update is None:
+                continue
+            assert message.complete
+            assert update.full or (update.previous == stands and update.revision >= stands)
+            assert not update.full or (update.bundle is not None and update.crls is not None)
+            for one in update.entries:
+                assert one.spiffe_id.startswith("spiffe://example.org/")
+                assert ".." not in one.spiffe_id
+                assert one.selectors
+            assert not {one.id for one in update.entries} & set(update.removed_ids)
+            assert isinstance(update.sent_at, datetime)
+            stands = update.revision
+
+
+@given(st.binary(max_size=60))
+def test_octets_are_read_or_refused(octets: bytes) -> None:
+    with suppress(ProtocolViolation, DecodeError):
+        UpdateReader(DOMAIN, 0, nobody).read(node_sync_pb2.SyncResponse.FromString(octets))
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["put", "drop"]), st.sampled_from("abc"), st.integers(1, 3)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(steps, st.integers(1, 4), st.booleans())
+def test_pieces_say_what_was_said_step_by_step(
+    steps: list[tuple[str, str, int]], size: int, full: bool
+) -> None:
+    put: dict[str, int] = {}
+    dropped: set[str] = set()
+    for what, name, revision in steps:
+        put.pop(name, None)
+        dropped.discard(name)
+        if what == "put":
+            put[name] = revision
+        else:
+            dropped.add(name)
+    pieces = [
+        delta(
+            5,
+            9,
+            full=full and not at,
+            complete=False,
+            changed=[entry(steps[at][1], steps[at][2])] if steps[at][0] == "put" else [],
+            removed_ids=[steps[at][1]] if steps[at][0] == "drop" else [],
+        )
+        for at in range(len(steps))
+    ]
+    pieces[0].bundle.CopyFrom(BUNDLE)
+    for at in range(1, len(pieces), size):
+        pieces[at].previous = 9  # what later pieces name there means nothing
+    pieces[-1].complete = True
+    reader = UpdateReader(DOMAIN, 5, nobody)
+    joined: list[SyncUpdate | None] = [reader.read(piece) for piece in pieces]
+    assert joined[:-1] == [None] * (len(pieces) - 1)
+    update = joined[-1]
+    assert update is not None
+    assert (update.previous, update.revision, update.full) == (5, 9, full)
+    assert {one.id: one.revision for one in update.entries} == put
+    assert set(update.removed_ids) == dropped
+    assert update.bundle is not None
+
+
+def test_a_digest_is_what_the_protocol_says() -> None:
+    # printf 'web\\0007' | sha256sum | cut -c1-16
+    assert entry_digest("web", 7) == 0x320DCF5471A3CA75
+    assert entry_digest("web", 7) != entry_digest("web", 8)
+    # The zero octet keeps an id and a revision apart.
+    assert entry_digest("e1", 1) != entry_digest("e", 11)

@@ -167,6 +167,8 @@ class Follower:
             await self._keeper.pause(delay, self._keeper.moved)
 
     def _delay(self, error: IdentityError, failures: int) -> timedelta:
+        if failures == 1 and error.reason == STREAM_CUT:
+            return timedelta(0)  # The broker had something to say.
         dice = self._dice()
         refused = isinstance(error, _REFUSALS)
         delay = retry_delay(
@@ -175,6 +177,6 @@ class Follower:
             retry_after=error.retry_after,
             cap=MAX_DELAY if refused else _CAP,
         )
-        if failures == 1 and error.reason != STREAM_CUT:
+        if failures == 1:
             delay = max(delay, self._spread * dice)
         return delay
