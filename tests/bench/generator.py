@@ -44,6 +44,19 @@ class Done(NamedTuple):
     body: bytes
 
 
+def _connected(address: str) -> socket.socket:
+    """A connection to "host:port", or to "unix:///path"."""
+    if address.startswith("unix://"):
+        local = socket.socket(socket.AF_UNIX)
+        local.settimeout(_PATIENCE_SECONDS)
+        local.connect(address.removeprefix("unix://"))
+        return local
+    host, _, port = address.rpartition(":")
+    plain = socket.create_connection((host, int(port)), _PATIENCE_SECONDS)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return plain
+
+
 class Wire:
     """One connection; the protocol is the subclass's."""
 
@@ -51,9 +64,7 @@ class Wire:
     depth = 1
 
     def __init__(self, address: str, tls: ssl.SSLContext | None, name: str) -> None:
-        host, _, port = address.rpartition(":")
-        plain = socket.create_connection((host, int(port)), _PATIENCE_SECONDS)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain = _connected(address)
         self.socket = plain if tls is None else tls.wrap_socket(plain, server_hostname=name)
         self._encrypted = tls is not None
         self.socket.setblocking(False)
@@ -178,16 +189,26 @@ class Http2Wire(Wire):
     depth = 1024
 
     def __init__(
-        self, address: str, tls: ssl.SSLContext, name: str, method: str, requests: Sequence[bytes]
+        self,
+        address: str,
+        tls: ssl.SSLContext | None,
+        name: str,
+        method: str,
+        requests: Sequence[bytes],
+        metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         super().__init__(address, tls, name)
         self._messages = [struct.pack(">BI", 0, len(raw)) + raw for raw in requests]
-        # RFC 7541: POST and https from the static table; the rest enters the dynamic one.
+        # RFC 7541: POST and the scheme from the static table; the rest enters the dynamic one,
+        # whose newest entry has number 62.
+        begin = b"\x83\x86" if tls is None else b"\x83\x87"
         self._first_headers = (
-            b"\x83\x87\x44" + _text(method) + b"\x41" + _text(name)
+            begin + b"\x44" + _text(method) + b"\x41" + _text(name)
             + b"\x5f" + _text("application/grpc") + b"\x40" + _text("te") + _text("trailers")
+            + b"".join(b"\x40" + _text(key) + _text(value) for key, value in metadata)
         )  # fmt: skip
-        self._headers = b"\x83\x87\xc1\xc0\xbf\xbe"
+        entries = 4 + len(metadata)
+        self._headers = begin + bytes(0x80 | 61 + number for number in range(entries, 0, -1))
         self._next = 1
         self._open: dict[int, tuple[int, float]] = {}
         self._bodies: dict[int, bytes] = {}

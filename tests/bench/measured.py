@@ -49,3 +49,20 @@ class Latencies:
             return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] * 1000
 
         return cls(rate, len(ordered), at(0.5), at(0.95), at(0.99), at(1.0), unanswered)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How long something took, many times over; in milliseconds."""
+
+    samples: int
+    p50: float
+    p95: float
+    p99: float
+    longest: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Self:
+        """From seconds."""
+        found = Latencies.of(0.0, seconds, 0)
+        return cls(found.calls, found.p50, found.p95, found.p99, found.longest)

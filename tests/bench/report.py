@@ -10,13 +10,14 @@ import json
 import math
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import agent_report
+from bench.columns import columns, median
 from bench.measured import Round
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ CEILING = "ceiling"
 _CEILING_TITLE = "raw ceiling: CSR verify + sign, one core"
 _CFSSL_TITLE = "cfssl sign, nothing stored"
 _GENERATOR_HEADROOM = 1.5
-
-
-def median(values: Iterable[float]) -> float:
-    """The median; NaN of nothing."""
-    found = list(values)
-    return statistics.median(found) if found else math.nan
 
 
 # --- ratios ---------------------------------------------------------------------------------------
@@ -126,6 +121,7 @@ def document(results: Results) -> dict[str, Any]:
         "memory": [asdict(each) for each in results.footprints],
         "parts_us": {part.name.strip(): asdict(part) for part in results.parts},
         "pipeline_us": results.pipeline,
+        "agent": results.agent.document(),
         "checks": {
             "answers_verified": results.verified,
             "credentials_received": results.received,
@@ -177,6 +173,7 @@ def table(results: Results) -> str:
         _latency(results),
         _memory(results),
         _micro(results),
+        *agent_report.parts(results.agent),
         _checks(results),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -203,17 +200,6 @@ def _head(results: Results) -> str:
             "the absolute figures are low"
         )
     return "\n".join(lines)
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column left, the others right."""
-    widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(t.rjust(w) for t, w in others)]).rstrip()
-
-    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
 
 
 def _throughput(results: Results) -> str:
@@ -245,7 +231,7 @@ def _throughput(results: Results) -> str:
         *("credentials a second", "median", "lowest – highest", "at once"),
         *("server CPU µs each", "server cores", "generator cores"),
     )
-    return _columns(head, rows)
+    return columns(head, rows)
 
 
 def _ratio_lines(results: Results) -> str:
@@ -266,7 +252,7 @@ def _ratio_lines(results: Results) -> str:
             ]
         )
     return (
-        _columns(("ratio", "median", "lowest – highest", "expected", "verdict"), rows)
+        columns(("ratio", "median", "lowest – highest", "expected", "verdict"), rows)
         if rows
         else ""
     )
@@ -324,7 +310,7 @@ def _latency(results: Results) -> str:
         return ""
     head = ("latency at half load, ms", "calls/s", "p50", "p95", "p99", "longest", "calls")
     return (
-        _columns(head, rows)
+        columns(head, rows)
         + "\n  Poisson arrivals drawn beforehand, answered or not; from when a call was due."
     )
 
@@ -340,7 +326,7 @@ def _memory(results: Results) -> str:
         for found in results.footprints
     ]
     head = ("registration entries", "RSS MiB", "start s", "CPU s until ready")
-    return _columns(head, rows) if rows else ""
+    return columns(head, rows) if rows else ""
 
 
 def _micro(results: Results) -> str:
@@ -356,7 +342,7 @@ def _micro(results: Results) -> str:
         ]
     if not rows:
         return ""
-    return _columns(("parts of one credential", "CPU µs", "lowest – highest"), rows)
+    return columns(("parts of one credential", "CPU µs", "lowest – highest"), rows)
 
 
 def _checks(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""`make bench`: one broker against OpenBao, cfssl and the raw ceiling; one table, one JSON.
+"""`make bench`: one broker against OpenBao, cfssl and the raw ceiling; one agent; one table.
 
     python tests/bench/run.py [--only NAME …] [--out FILE]
 
@@ -27,12 +27,16 @@ from pathlib import Path
 from types import FrameType
 
 if __name__ == "__main__":
+    # gRPC's own handlers of a fork sometimes end a child before it becomes what it is to be.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # As a script, this folder comes first on the path; the modules are named from the one above.
     sys.path[0] = str(Path(__file__).parents[1])
 
 import psutil
 
-from bench import memory, micro, report
+from bench import agent_rows, memory, micro, report
+from bench.agent_rows import AgentPlan, AgentResults
+from bench.columns import median
 from bench.contenders import ANY_CONCURRENCY, NAMES, Contender, LineUp, line_up
 from bench.generator import Outcome, closed_loop, open_loop
 from bench.measured import Latencies, Round
@@ -40,7 +44,7 @@ from bench.measured import Latencies, Round
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / ".bench" / "results.json"
 CEILING = "ceiling"
-EXTRAS = ("memory", "micro", "latency")
+EXTRAS = ("memory", "micro", "latency", *agent_rows.NAMES)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Plan:
     micro_rounds: int = 7
     micro_calls: int = 300
     pipeline_rounds: int = 30
+    agent: AgentPlan = field(default_factory=AgentPlan)
 
 
 QUICK = Plan(
@@ -70,6 +75,7 @@ QUICK = Plan(
     micro_rounds=1,
     micro_calls=20,
     pipeline_rounds=4,
+    agent=agent_rows.QUICK,
 )
 
 
@@ -86,6 +92,7 @@ class Results:
     footprints: list[memory.Footprint] = field(default_factory=list)
     parts: list[micro.Part] = field(default_factory=list)
     pipeline: dict[str, float] = field(default_factory=dict)
+    agent: AgentResults = field(default_factory=AgentResults)
     recorded: int = 0
     received: int = 0
     verified: int = 0
@@ -137,7 +144,7 @@ def measure(plan: Plan, wanted: tuple[str, ...], directory: Path) -> Results:
     began = time.perf_counter()
     load = os.getloadavg()[0]
     with ExitStack() as resources:
-        _say("starting the servers")
+        _say("starting what is measured")
         results = Results(plan, line_up(directory, resources, wanted), load_before=load)
         for name, why in results.lineup.missing.items():
             _say(f"{name}: {why}")
@@ -156,6 +163,7 @@ def measure(plan: Plan, wanted: tuple[str, ...], directory: Path) -> Results:
             directory / "micro", rounds=plan.micro_rounds, calls=plan.micro_calls
         )
         results.pipeline = micro.pipeline(plan.pipeline_rounds)
+    results.agent = agent_rows.measure(plan.agent, wanted, directory, _say)
     results.seconds = time.perf_counter() - began
     return results
 
@@ -188,6 +196,8 @@ def _run_rounds(results: Results, *, with_ceiling: bool) -> None:
     order: list[Contender | None] = [*results.lineup.contenders]
     if with_ceiling:
         order.append(None)
+    if not order:
+        return
     for number in range(plan.rounds):
         _say(f"round {number + 1} of {plan.rounds}")
         turn = number * max(1, len(order) // plan.rounds) % max(1, len(order))
@@ -276,7 +286,7 @@ def _run_latencies(results: Results) -> None:
     for contender in results.lineup.contenders:
         if contender.name not in report.LATENCY_OF:
             continue
-        calls = report.median(r.calls_per_second for r in results.rounds[contender.name])
+        calls = median(r.calls_per_second for r in results.rounds[contender.name])
         rate = calls / 2
         _say(f"{contender.title}: latency at {rate:.0f} calls/s")
         outcome = open_loop(

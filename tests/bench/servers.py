@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -73,8 +73,14 @@ class BrokerUnderTest:
     start_seconds: float = 0.0
 
 
-def write_config(directory: Path, socket_directory: Path) -> Path:
-    """A configuration: SQLite, memory keys, warnings only, no limit that could be met."""
+def write_config(
+    directory: Path, socket_directory: Path, tables: Mapping[str, dict[str, Any]] | None = None
+) -> Path:
+    """A configuration: SQLite, memory keys, warnings only, no limit that could be met.
+
+    Args:
+        tables: more of it.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     limits = {
         f"{name}_{what}": value
@@ -94,6 +100,7 @@ def write_config(directory: Path, socket_directory: Path) -> Path:
         "ca": {"key_manager": "memory", "upstream": "selfsigned"},
         "limits": limits,
         "log": {"level": "warning"},
+        **(tables or {}),
     }
     (directory / "data").mkdir(mode=0o700, exist_ok=True)
     path = directory / "broker.toml"
@@ -103,14 +110,19 @@ def write_config(directory: Path, socket_directory: Path) -> Path:
 
 
 @contextmanager
-def started(directory: Path) -> Iterator[tuple[int, BoundAddresses, Path, float]]:
+def started(
+    directory: Path, tables: Mapping[str, dict[str, Any]] | None = None
+) -> Iterator[tuple[int, BoundAddresses, Path, float]]:
     """`idb server run` as a process: pid, addresses, configuration, seconds it took to start.
 
     Data already in `directory` is taken up.
+
+    Args:
+        tables: more of its configuration.
     """
     # A socket's path is short; a checkout's need not be.
     socket_directory = Path(tempfile.mkdtemp(prefix="idb-bench-"))
-    config = write_config(directory, socket_directory)
+    config = write_config(directory, socket_directory, tables)
     process = ChildProcess("server", "broker", config, directory / "broker.log")
     try:
         began = time.perf_counter()

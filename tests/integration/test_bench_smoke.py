@@ -64,3 +64,36 @@ def test_says_that_cfssl_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "not installed: apt-get install golang-cfssl" in done.stdout
     assert "cfssl" not in json.loads((tmp_path / "results.json").read_text())["throughput"]
+
+
+@pytest.mark.slow
+def test_measures_the_agent(tmp_path: Path) -> None:
+    names = ["push", "fetch", "jwt", "memory", "start", "rotation"]
+    done = run_bench(tmp_path / "results.json", *(f"agent {name}" for name in names))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["agent"]
+
+    alone, among_others = found["push"]
+    assert (alone["agents"], among_others["agents"]) == (1, 10)
+    assert alone["changes"].keys() == {"added", "removed", "first"}
+    assert among_others["changes"].keys() == {
+        *("added", "removed", "first"),
+        *("to all", "all acknowledged"),
+    }
+    assert all(
+        0 < spread["p50"] <= spread["p99"]
+        for push in found["push"]
+        for spread in push["changes"].values()
+    )
+    assert alone["verified"] >= 1
+    assert found["cold"]["ratios"][0] > 0
+    assert found["cold"]["answer_bytes"] > 500
+    assert found["warm"]["calls"]["FetchJWTSVID"][0]["per_second"] > 0
+    assert [each["svids"] for each in found["footprints"]] == [10, 50]
+    start = found["start"]
+    assert start["interpreter"] < start["imports"] < start["first_svid"]
+    assert len(found["rotation"]["spreads"]) == 3
+    assert found["rotation"]["missing"] == {}
+    for line in ("first SVID in hand", "agent: cold connect, ms", "FetchJWTSVID, cached"):
+        assert line in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
