@@ -31,7 +31,7 @@ _log = get_logger("renewals")
 _GATHER_SECONDS: Final = 0.002
 _BATCH: Final = 250  # half of what a call may hold: an urgent order never waits long behind one
 _FLIGHTS: Final = 3
-_BREATH: Final = 16  # keys made or chains checked before others get a turn
+_BREATH: Final = 4  # keys made or chains checked, a few milliseconds, before others get a turn
 _LONGEST_SLEEP: Final = 1.0  # the wall clock may jump
 _AWAY: Final = (BrokerUnavailable, IdentityNotReady)
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import ssl
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import (
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
@@ -161,7 +162,10 @@ def _get(url: str) -> bytes:
     try:
         with opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
             document: bytes = answer.read(MAX_BUNDLE_BYTES + 1)
-    except (URLError, OSError, ValueError) as exc:
+    except HTTPError as exc:
+        exc.close()
+        raise _unanswered(url, exc) from exc
+    except (URLError, HTTPException, OSError, ValueError) as exc:
         raise _unanswered(url, exc) from exc
     if len(document) > MAX_BUNDLE_BYTES:
         raise _no_bundle(url, "it is too long")
