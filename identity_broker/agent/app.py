@@ -26,6 +26,7 @@ from identity_broker.agent.identities import Identities
 from identity_broker.agent.listener import ADMIN_SOCKET, WorkloadListener
 from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.renewals import Renewals
+from identity_broker.agent.sds.absent import AbsentSecretDiscovery
 from identity_broker.agent.svids import Svids
 from identity_broker.agent.tokens import Tokens
 from identity_broker.agent.workload_api.limits import CallerLimits, Limits
@@ -244,10 +245,9 @@ class Agent:
         limits = CallerLimits(
             Limits(calls_per_second=workloads.calls_per_second, burst=workloads.calls_at_once)
         )
-        with_sds = sds.available()
         other: tuple[str, ...] = ()
         faces: list[Any] = []
-        if with_sds:
+        if sds.available():
             from identity_broker.agent.sds.service import (  # noqa: PLC0415  # an optional extra
                 SERVICE_NAME,
                 SecretDiscovery,
@@ -259,6 +259,8 @@ class Agent:
                     self._identities, self._door.callers.of, limits=limits, metrics=self._calls
                 )
             )
+        else:
+            faces.append(AbsentSecretDiscovery())
         faces.insert(
             0,
             WorkloadApi(

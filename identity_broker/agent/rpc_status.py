@@ -86,5 +86,10 @@ def abort_arguments(error: BrokerError, correlation_id: str = "") -> AbortArgume
     return code, message, ((DETAILS_KEY, status.SerializeToString()),)
 
 
+def unimplemented(sentence: str) -> AbortArguments:
+    """The same for a service that is not there, and why it is not."""
+    return grpc.StatusCode.UNIMPLEMENTED, sentence, ()
+
+
 def _bounded(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"

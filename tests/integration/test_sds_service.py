@@ -15,16 +15,18 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from envoy.service.discovery.v3 import discovery_pb2
+from envoy.service.secret.v3 import sds_pb2_grpc
 from structlog.testing import capture_logs
 
 from identity_broker.agent.sds import available
+from identity_broker.agent.sds.absent import AbsentSecretDiscovery
 from identity_broker.agent.sds.messages import CRL_KEY, PLAIN_KEY
 from identity_broker.agent.sds.subscription import MAX_NAMES
 from identity_broker.agent.workload_api.limits import Limits
 from identity_broker.errors import AgentNotReady
 from identity_client._wire.workload import WorkloadApiStub, X509SVIDRequest
 from support.sds import SecretStream, ServedSecrets, leaf_pem, secrets_served
-from support.workload_api import refusal, refused_as
+from support.workload_api import refusal, refused_as, served
 from support.workload_identities import user
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -293,6 +295,17 @@ async def test_federated_authorities_come_and_go(secrets: ServedSecrets) -> None
     secrets.identities.unfederate("partner.test")
     assert (await stream.read()).keys() == {"ALL"}
     assert stream.last.removed_resources == ["spiffe://partner.test"]
+
+
+async def test_without_the_extra_envoy_is_told_what_is_missing(open_directory: Any) -> None:
+    absent = AbsentSecretDiscovery()
+    async with served(open_directory, handlers=absent.handlers()) as api:
+        stub: Any = sds_pb2_grpc.SecretDiscoveryServiceStub(api.channel())
+        refused = await refusal(stub.DeltaSecrets())
+        assert refused.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "identity-broker[envoy]" in (refused.details() or "")
+        refused = await refusal(WorkloadApiStub(api.channel()).FetchX509SVID(X509SVIDRequest()))
+        assert refused_as(refused) == (INVALID, "SECURITY_HEADER_MISSING")
 
 
 async def test_no_header_is_asked_for_and_the_workload_api_still_asks(
