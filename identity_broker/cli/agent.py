@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from identity_broker.cli.config import config_option, set_option
-from identity_broker.cli.connect import agent_socket
+from identity_broker.cli.connect import agent_socket, dev_state
 from identity_broker.cli.foreground import log_stream, stop_on_signal
 from identity_broker.cli.options import Invocation, SharedOption, dir_option, pass_invocation
 from identity_broker.cli.output import (
@@ -46,7 +46,9 @@ def _setting(name: str, key: str, metavar: str, text: str, **more: Any) -> Calla
         "idb agent run --config /etc/identity-broker/agent.toml",
         "idb agent run --trust-domain example.org --broker broker.example.org:8081 "
         "--bootstrap broker.example.org:8082 --bundle-file root.pem --join-token-file token",
-    ]
+        "idb --dir .dev agent run --join-token-file db-1.token --runtime-dir db-1",
+    ],
+    params=[dir_option(text="Join the broker of the `idb dev` that runs in DIR.")],
 )
 @config_option
 @set_option
@@ -97,7 +99,7 @@ def run(
     """
     import asyncio
 
-    settings = _load(config_file, overrides, given)
+    settings = _load(config_file, {**_of_dev(invocation), **overrides}, given)
     if settings.trust.insecure_bootstrap:
         say(
             "WARNING: --insecure-bootstrap believes whoever answers first. Whoever can stand "
@@ -114,6 +116,23 @@ def run(
 
     with log_stream(settings.log) as stream:
         asyncio.run(_serve(settings, ready, stream))
+
+
+def _of_dev(invocation: Invocation) -> dict[str, str]:
+    """Where the broker of the `idb dev` in --dir is, and how to trust it.
+
+    Raises:
+        DevNotRunning: none runs there.
+    """
+    if invocation.dir is None:
+        return {}
+    state = dev_state(invocation)
+    return {
+        "agent.trust_domain": state.trust_domain,
+        "broker.address": state.broker.address,
+        "broker.bootstrap_address": state.broker.bootstrap_address,
+        "trust.bundle_file": state.bundle_file,
+    }
 
 
 async def _serve(

@@ -49,8 +49,8 @@ def svid() -> None:
 @click.option(
     "--workload-api",
     metavar="ADDRESS",
-    help="A node agent's Workload API, unix:///PATH or tcp://IP:PORT; else that of --dir, else "
-    f"[env: {_ENDPOINT_VARIABLE}].",
+    help="A node agent's Workload API: a socket's path, unix:///PATH or tcp://IP:PORT; else that "
+    f"of --dir, else [env: {_ENDPOINT_VARIABLE}].",
 )
 @click.option("--spiffe-id", metavar="ID", help="Who to be (ID or /path); the first one if none.")
 @click.option("--hint", metavar="TEXT", help="The identity with this hint (Workload API).")
@@ -228,6 +228,8 @@ def _asking(
     """Settings for the Workload API that is meant."""
     from identity_client.workload_api.settings import WorkloadApiSettings
 
+    if workload_api is not None and "://" not in workload_api:
+        workload_api = f"unix://{Path(workload_api).absolute()}"  # a socket, as the shell knows it
     endpoint = workload_api or _workload_api(invocation)
     if spiffe_id is not None and spiffe_id.startswith("/"):
         if trust_domain is None and workload_api is None and _names_dev(invocation):
