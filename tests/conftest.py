@@ -11,6 +11,9 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
+# Tests start processes beside gRPC's threads; see identity_broker/cli/main.py.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 pytest_plugins: list[str] = [
     # "support.<component>",
     "support.broker",

@@ -2,6 +2,8 @@
 
 - Nothing heavy is imported here: `idb --help` answers at once.
 - Every failure leaves through `failure.failure_of`: one shape, one table of exit codes.
+- gRPC's fork handlers are off: nothing here calls gRPC between fork and exec, and where gRPC has
+  threads, one fork in fifty ends with their abort instead of the program that was to be started.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from identity_broker.cli.failure import failure_of
 from identity_broker.cli.options import Invocation
 from identity_broker.cli.output import OutputFormat
 from identity_broker.cli.tree import LazyCommand, LazyGroup
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before anything imports grpc
 
 SECTIONS = {
     "Run a broker": {
