@@ -35,8 +35,9 @@ from identity_broker.telemetry.logs import get_logger
 
 _log = get_logger("listener")
 
-MAX_MESSAGE_BYTES: Final = 64 * 1024
-"""Longest request; a JWT-SVID to validate has at most 16 KiB."""
+MAX_MESSAGE_BYTES: Final = 512 * 1024
+"""Longest request. A JWT-SVID to validate has at most 16 KiB, but Envoy names every extension it
+was built with in its first one: 60 KiB, more with every release and with metadata of its own."""
 
 CONNECTIONS: Final = 2048
 CONNECTIONS_PER_USER: Final = 1024

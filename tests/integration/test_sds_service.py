@@ -246,6 +246,24 @@ async def test_something_else_than_secrets_is_refused(secrets: ServedSecrets) ->
     assert refused_as(await refusal(many.call)) == (INVALID, "MALFORMED_REQUEST")
 
 
+async def test_an_envoy_may_say_a_lot_about_itself(secrets: ServedSecrets) -> None:
+    """1.40 says 60 KiB in its first request, and every release a little more."""
+    secrets.identities.grant("/orders")
+    request = discovery_pb2.DiscoveryRequest(resource_names=["default"])
+    for number in range(5000):
+        request.node.extensions.add(name=f"envoy.extension.{number}", category="envoy.category")
+    assert 150_000 < request.ByteSize() < 500_000
+    stream = streamed(secrets)
+    await stream.call.write(request)
+    assert (await stream.read()).keys() == {"default"}
+    too_long = discovery_pb2.DiscoveryRequest(resource_names=["x" * 600_000])
+    oversized = streamed(secrets)
+    await oversized.call.write(too_long)
+    error = await refusal(oversized.call)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await secrets.stub().FetchSecrets(discovery_pb2.DiscoveryRequest())).resources
+
+
 async def test_bytes_that_are_no_request_are_refused(secrets: ServedSecrets) -> None:
     secrets.identities.grant("/orders")
     channel = secrets.api.channel()
