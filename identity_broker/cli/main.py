@@ -25,7 +25,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before anything import
 
 SECTIONS = {
     "Run a broker": {
-        "dev": LazyCommand("dev", "dev", "Run OpenBao and a broker on this machine."),
+        "dev": LazyCommand("dev", "dev", "Run OpenBao, a broker and an agent on this machine."),
         "demo": LazyCommand("demo", "demo", "Watch two services leave their shared API key."),
         "server": LazyCommand("server", "server", "Run a broker from a configuration file."),
         "agent": LazyCommand("agent", "agent", "Run a node agent, and see how it is doing."),
