@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -35,6 +36,7 @@ from identity_broker.attestors.workload.attestation import Attestation
 from identity_broker.attestors.workload.plugins import build_attestors
 from identity_broker.config.agent_settings import AgentSettings, NodeSection
 from identity_broker.domain.clock import Clock, SystemClock
+from identity_broker.errors import InvariantViolated
 from identity_broker.telemetry.logs import get_logger
 from identity_broker.telemetry.metrics import AgentMetrics, Metrics
 from identity_client.attestation import CertificateAttestor, JoinTokenAttestor, NodeAttestor
@@ -183,6 +185,7 @@ class Agent:
         await self._open_doors(resources)
         for work in (self._follower.run(), self._follower.keep_time(), self._renewals.run()):
             self._spawn(work)
+        _settle_memory()
         return AgentAddresses(self._door.address, self._settings.agent.admin_socket)
 
     async def wait(self, stop: asyncio.Event) -> None:
@@ -193,6 +196,7 @@ class Agent:
             for task in self._tasks:
                 if task.done():
                     task.result()
+                    raise InvariantViolated(detail="a loop of the agent has ended")
         finally:
             stopped.cancel()
 
@@ -314,6 +318,12 @@ class Agent:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _settle_memory() -> None:
+    """Spare the garbage collector what lives as long as the process: code."""
+    gc.collect()
+    gc.freeze()
 
 
 def own_version() -> str:

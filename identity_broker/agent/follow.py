@@ -146,6 +146,7 @@ class Follower:
             return
         back = not self.hearing.connected
         self._note(update)
+        self._to.identities.withdraw(withdrawn=False)  # It would not talk to a banned node.
         self._spread(changed)
         if back:
             _log.info(
@@ -153,7 +154,6 @@ class Follower:
                 sequence=update.revision,
                 state="full" if update.full else "resumed",
             )
-            self._to.identities.withdraw(withdrawn=False)
             self._to.renewals.kick()
         await update.ack()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Final
 
@@ -32,6 +32,10 @@ from identity_client.node.values import (
 
 INSIST_SECONDS: Final = 60.0
 """How long a broker must hold on to an older state before it is believed."""
+
+
+_BEGINNING: Final = datetime.min.replace(tzinfo=UTC)
+_END: Final = datetime.max.replace(tzinfo=UTC)
 
 
 class Mismatch(Enum):
@@ -106,6 +110,8 @@ class Mirror:
         self._crls: tuple[bytes, ...] = ()
         self._revoked: dict[str, SyncedRevocation] = {}
         self._expiries: list[tuple[datetime, str, int]] = []
+        self._looked_at = _BEGINNING
+        self._forget_at = _END
         self._stale = _Stale()
 
     # --- what it says -------------------------------------------------------------------------
@@ -195,20 +201,30 @@ class Mirror:
         return Changed(entries=gone, bundle=True, crls=True)
 
     def expire(self, now: datetime) -> Changed:
-        """Say which entries have expired since the last call; forget expired revocations."""
-        gone = []
+        """Say which entries have ended since the last call, or, the clock set back, begun again.
+
+        Expired revocations are forgotten.
+        """
+        changes = []
+        if now < self._looked_at:
+            for entry in self._index:
+                if entry.expires_at is not None and now < entry.expires_at <= self._looked_at:
+                    changes.append(EntryChange(None, entry))
+                    self._expect(entry)
+        self._looked_at = now
         while self._expiries and self._expiries[0][0] <= now:
             _, entry_id, revision = heapq.heappop(self._expiries)
-            entry = self._index.get(entry_id)
-            if entry is not None and entry.revision == revision and not is_live(entry, now):
-                gone.append(EntryChange(entry, None))
-        for credential_id in [each.id for each in self._revoked.values() if each.expires_at <= now]:
-            del self._revoked[credential_id]
-        return Changed(entries=tuple(gone))
-
-    def next_expiry(self) -> datetime | None:
-        """When `expire` will have something to say."""
-        return self._expiries[0][0] if self._expiries else None
+            found = self._index.get(entry_id)
+            if found is not None and found.revision == revision and not is_live(found, now):
+                changes.append(EntryChange(found, None))
+        if self._forget_at <= now:
+            self._revoked = {
+                each.id: each for each in self._revoked.values() if each.expires_at > now
+            }
+            self._forget_at = min(
+                (each.expires_at for each in self._revoked.values()), default=_END
+            )
+        return Changed(entries=tuple(changes))
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -263,7 +279,9 @@ class Mirror:
         self, update: SyncUpdate, changes: tuple[EntryChange, ...], bundle: TrustBundle | None
     ) -> Changed:
         told = tuple(each for each in update.revocations if each.id not in self._revoked)
-        self._revoked |= {each.id: each for each in told}
+        for each in told:
+            self._revoked[each.id] = each
+            self._forget_at = min(self._forget_at, each.expires_at)
         new_bundle = bundle is not None and bundle != self._bundle
         if bundle is not None:
             self._bundle = bundle

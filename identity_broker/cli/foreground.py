@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 def log_stream(log: LogSettings) -> Iterator[TextIO]:
     """Where the log goes; a file is the process's alone (0600).
 
+    To be entered before gRPC is imported: its own lines, which no program can read, stay out.
+
     Raises:
         ConfigError: the file cannot be opened.
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if log.file is None:
         yield sys.stderr
         return

