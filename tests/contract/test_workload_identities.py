@@ -100,7 +100,7 @@ async def test_a_registration_brings_an_svid_and_its_end_takes_it(stage: Stage) 
     began = time.perf_counter()
     second = await stage.grant("/second")
     await next_with(stream, ["/first", "/second"])
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 5  # a push; polling would take longer
     await stage.withdraw(first)
     await next_with(stream, ["/second"])
     await stage.withdraw(second)

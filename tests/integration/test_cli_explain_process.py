@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from identity_client.agent_client import AgentClient
 from support.agent import RunningAgent, running_agent
 from support.broker import Ran, run_idb
 from support.line import RunningBroker, running, settings_in
+from support.workload_api import line_of, probe
 
 MINE = f"unix:uid:{os.getuid()}"
 
@@ -151,3 +153,23 @@ def test_no_agent_is_named(tmp_path: Path) -> None:
         pytest.skip("an agent runs on this machine")
     told = run_idb("explain", "--pid", "1", "-o", "json", cwd=tmp_path)
     assert (told.code, told.error["reason"]) == (2, "NO_AGENT_NAMED")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start processes of other users")
+async def test_a_stranger_is_told_nothing_of_others_and_all_of_its_own(machine: Machine) -> None:
+    """Nor whether there is such a process."""
+    socket = str(machine.agent.admin_socket)
+    own = subprocess.Popen(["/bin/sleep", "60"], user=12345, group=12345, extra_groups=[])
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    try:
+        told = {}
+        for pid in (own.pid, machine.pid, gone.pid):
+            async with probe(socket, "explain", str(pid), uid=12345) as process:
+                told[pid] = json.loads(await line_of(process))
+    finally:
+        own.kill()
+        own.wait()
+    assert "unix:uid:12345" in told[own.pid]["selectors"]
+    assert told[machine.pid] == told[gone.pid]
+    assert told[machine.pid]["end"] == "PERMISSION_DENIED"

@@ -154,11 +154,12 @@ def refused_as(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
 
 @asynccontextmanager
 async def probe(
-    api: ServedWorkloadApi, *arguments: str, uid: int | None = None, **options: Any
+    api: ServedWorkloadApi | str, *arguments: str, uid: int | None = None, **options: Any
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """tests/support/workload_probe.py as a process of its own, of another user if asked."""
+    path = api if isinstance(api, str) else api.socket
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", str(PROBE), str(uid or os.getuid()), api.socket, *arguments),
+        *(sys.executable, "-I", str(PROBE), str(uid or os.getuid()), path, *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env={"PATH": os.environ["PATH"]},

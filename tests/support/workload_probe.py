@@ -117,18 +117,24 @@ def flood(uid: int, path: str, count: str) -> None:
         connection.connect(path)
         opened.append(connection)
     say(connected=len(opened))
-    time.sleep(0.5)
-    alive = 0
     for connection in opened:
         connection.setblocking(False)
-        try:
-            alive += connection.recv(1 << 16) != b""
-        except BlockingIOError:
-            alive += 1
-        except OSError:
-            pass
-    say(open=alive)
+    # What is one too many is closed once it has been accepted; those are many.
+    before = -1
+    while (now := sum(map(is_open, opened))) != before:
+        before = now
+        time.sleep(1)
+    say(open=now)
     sys.stdin.read()
+
+
+def is_open(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1 << 16) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:

@@ -71,6 +71,7 @@ class Front:
         metrics: where calls are counted.
         header: whether the security header is asked for. Only for a service that is not the
             Workload API and whose clients cannot send it.
+        longest: bytes a request may have; None: what the listener takes.
         unary_seconds: how long a unary call may take.
     """
 
@@ -81,9 +82,17 @@ class Front:
         metrics: Metrics,
         *,
         header: bool = True,
+        longest: int | None = None,
         unary_seconds: float = UNARY_SECONDS,
     ) -> None:
-        self._parts = _Parts(callers, limits, metrics, asks_header=header, seconds=unary_seconds)
+        self._parts = _Parts(
+            callers,
+            limits,
+            metrics,
+            asks_header=header,
+            longest=longest,
+            seconds=unary_seconds,
+        )
 
     def unary(self, name: str, request: type[Message], function: UnaryFunction) -> Handler:
         """A handler for one message in, one out; `name` is the full method."""
@@ -124,6 +133,7 @@ class _Parts:
         metrics: Metrics,
         *,
         asks_header: bool,
+        longest: int | None,
         seconds: float,
     ) -> None:
         self._callers = callers
@@ -134,6 +144,7 @@ class _Parts:
         self.limits = limits
         self.metrics = metrics
         self.seconds = seconds
+        self.longest = longest
         self.streams: set[_Supervision] = set()
 
     def begun(self, context: Context) -> Caller:
@@ -258,6 +269,9 @@ class _Method:
         await context.abort(*told)
 
     def _parsed(self, raw: bytes) -> Message:
+        longest = self._parts.longest
+        if longest is not None and len(raw) > longest:
+            raise MalformedRequest(f"a request of this service has at most {longest} bytes")
         try:
             return self._parse(raw)
         except DecodeError as exc:

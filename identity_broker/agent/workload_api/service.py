@@ -38,6 +38,9 @@ from identity_client._wire.workload import (
     X509SVIDResponse,
 )
 
+MAX_REQUEST_BYTES: Final = 64 * 1024
+"""Longest request; a JWT-SVID to validate has at most 16 KiB."""
+
 _NO_SERVICES: Final[tuple[str, ...]] = ()
 
 
@@ -64,7 +67,9 @@ class WorkloadApi:
         other_services: tuple[str, ...] = _NO_SERVICES,
     ) -> None:
         self._identities = identities
-        self._front = Front(callers, limits or CallerLimits(), metrics or Metrics())
+        self._front = Front(
+            callers, limits or CallerLimits(), metrics or Metrics(), longest=MAX_REQUEST_BYTES
+        )
         self._is_serving = is_serving
         self._services = (SERVICE_NAME, *other_services)
 
