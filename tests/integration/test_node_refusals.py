@@ -113,3 +113,40 @@ async def test_a_doubt_that_proves_vain_every_time_is_not_asked_after_for_ever()
         assert site.attestations == 1
         assert 1 <= site.renewals <= 8
         assert mirror.reasons
+
+
+async def test_a_banned_machine_that_has_no_svid_says_so_to_whoever_follows() -> None:
+    async with sync_server() as site:
+        site.scripts = [says(site.full(5))]
+        banned = NotPermitted("the node is banned", reason="NODE_BANNED")
+        site.refuse_attestation = (banned, grpc.StatusCode.PERMISSION_DENIED)
+        async with (
+            kept_node(site.settings(), dice=lambda: 0.0) as keeper,
+            followed(keeper) as held,
+        ):
+            await until(lambda: len(held.reasons) >= 2)
+            assert set(held.reasons) == {"NODE_BANNED"}
+            assert keeper.status.phase is NodePhase.BANNED
+            assert not site.sessions
+            site.refuse_attestation = None
+            await until(lambda: held.revision == 5)
+            assert keeper.status.last_error is None
+
+
+async def test_a_broker_that_admits_a_node_and_forgets_it_each_time_is_not_flooded(
+    tmp_path: Path,
+) -> None:
+    unknown = NotPermitted("no such node", reason="NODE_UNKNOWN")
+    token = tmp_path / "token"
+    token.write_text("idbt_any")
+
+    async def always(session: Session) -> None:
+        await session.refuse(unknown, grpc.StatusCode.PERMISSION_DENIED)
+
+    async with sync_server(always) as site:
+        site.refuse_renewal = (unknown, grpc.StatusCode.PERMISSION_DENIED)
+        settings = site.settings(attestor=JoinTokenAttestor(token_file=token))
+        async with kept_node(settings, dice=lambda: 0.0) as keeper, followed(keeper) as held:
+            await asyncio.sleep(3)
+            assert 2 <= site.attestations <= 8
+            assert set(held.reasons) == {"NODE_UNKNOWN"}

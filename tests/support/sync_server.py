@@ -56,8 +56,7 @@ class Session:
 
     async def refuse(self, error: IdentityError, code: grpc.StatusCode) -> None:
         """End the call as a broker ends what it refuses."""
-        status: Any = refusal_status(error)
-        await self._context.abort(code, error.message, status.trailing_metadata)
+        await _abort(self._context, error, code)
 
     async def hang(self) -> None:
         """Say nothing more."""
@@ -75,7 +74,7 @@ class SyncServer:
         scripts: one for each call of the stream; the last one for all that follow.
         sessions: the calls so far.
         renewals, attestations: how many there were.
-        refuse_renewal: what renewals are answered with.
+        refuse_renewal, refuse_attestation: what those are answered with.
     """
 
     domain: FakeTrustDomain
@@ -84,6 +83,7 @@ class SyncServer:
     attestations: int = 0
     renewals: int = 0
     refuse_renewal: tuple[IdentityError, grpc.StatusCode] | None = None
+    refuse_attestation: tuple[IdentityError, grpc.StatusCode] | None = None
     address: str = ""
     bootstrap_address: str = ""
 
@@ -127,9 +127,11 @@ class SyncServer:
         }
         return node_sync_pb2.SyncResponse(**(values | fields))
 
-    async def _attest(self, requests: Any, _context: Any) -> AsyncIterator[bytes]:
+    async def _attest(self, requests: Any, context: Any) -> AsyncIterator[bytes]:
         async for request in requests:
             self.attestations += 1
+            if self.refuse_attestation is not None:
+                await _abort(context, *self.refuse_attestation)
             result = node_attestation_pb2.AttestResponse.Result(
                 svid=self._certify(request.begin.csr), bundle=self.bundle(), reattestable=True
             )
@@ -139,9 +141,7 @@ class SyncServer:
     async def _renew(self, request: node_attestation_pb2.RenewRequest, context: Any) -> bytes:
         self.renewals += 1
         if self.refuse_renewal is not None:
-            error, code = self.refuse_renewal
-            status: Any = refusal_status(error)
-            await context.abort(code, error.message, status.trailing_metadata)
+            await _abort(context, *self.refuse_renewal)
         return node_attestation_pb2.RenewResponse(
             svid=self._certify(request.csr)
         ).SerializeToString()
@@ -298,6 +298,11 @@ def delta(previous: int, revision: int, **fields: Any) -> node_sync_pb2.SyncResp
         "sent_at_ms": 1_800_000_000_123,
     }
     return node_sync_pb2.SyncResponse(**(values | fields))
+
+
+async def _abort(context: Any, error: IdentityError, code: grpc.StatusCode) -> None:
+    status: Any = refusal_status(error)
+    await context.abort(code, error.message, status.trailing_metadata)
 
 
 def _ec(key: Any) -> ec.EllipticCurvePublicKey:

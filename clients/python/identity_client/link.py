@@ -157,6 +157,7 @@ class BrokerLink:
             self._secure(self._settings.address, roots, node),
         )
         if old is not None:
+            # Not all nodes at once: a new bundle makes every one of them reconnect.
             task = asyncio.get_running_loop().create_task(old.close(_DRAIN_SECONDS * (1 + roll())))
             self._draining.add(task)
             task.add_done_callback(self._draining.discard)

@@ -52,7 +52,7 @@ from identity_client.node.values import (
     SyncPosition,
     X509Request,
 )
-from identity_client.renewal import retry_delay
+from identity_client.renewal import MAX_DELAY, retry_delay
 
 __all__ = ["NodeKeeper"]
 
@@ -64,6 +64,8 @@ _T = TypeVar("_T")
 _LONGEST_SLEEP = timedelta(seconds=60)
 _SHORTEST_SLEEP = timedelta(milliseconds=100)
 _INSIST_SECONDS = 1.0
+# To knock where nobody is costs little, and a broker that is back should soon find its nodes.
+_AWAY_CAP = timedelta(seconds=5)
 _PATIENCE = 5
 
 
@@ -455,6 +457,7 @@ class NodeKeeper:
             dice=self._dice(),
             remaining=node.material.not_after - utc_now() if node else None,
             retry_after=error.retry_after if error else None,
+            cap=_AWAY_CAP if error is not None and error.reason in NO_ANSWER else MAX_DELAY,
         )
 
     def _until_due(self) -> timedelta:
