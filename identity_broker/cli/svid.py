@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 _ENDPOINT_VARIABLE = "SPIFFE_ENDPOINT_SOCKET"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # RFC 3986, section 3.1
 
 
 @click.group(cls=IdbGroup)
@@ -228,8 +231,9 @@ def _asking(
     """Settings for the Workload API that is meant."""
     from identity_client.workload_api.settings import WorkloadApiSettings
 
-    if workload_api is not None and "://" not in workload_api:
-        workload_api = f"unix://{Path(workload_api).absolute()}"  # a socket, as the shell knows it
+    if workload_api is not None and not _SCHEME.match(workload_api):
+        # A socket, as the shell knows it.
+        workload_api = f"unix://{quote(str(Path(workload_api).absolute()))}"
     endpoint = workload_api or _workload_api(invocation)
     if spiffe_id is not None and spiffe_id.startswith("/"):
         if trust_domain is None and workload_api is None and _names_dev(invocation):

@@ -33,7 +33,7 @@ from identity_client.workload_api.settings import WorkloadApiSettings
 
 _HOOK_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
-_WRITE_AGAIN_SECONDS = 5.0
+_WRITE_AGAIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)

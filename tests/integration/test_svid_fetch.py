@@ -22,6 +22,7 @@ from identity_broker.cli.options import Invocation
 from identity_broker.cli.svid import _asking
 from identity_broker.cli.svid_fetch import parse_hook
 from identity_broker.dev.state import AgentAddresses, BrokerAddresses, DevState
+from identity_client import SettingsInvalid
 from identity_client.keys import spki_der
 from support.line import running, settings_in
 from support.svid_watch import fetch_once, watching
@@ -169,6 +170,10 @@ def test_which_address_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return _asking(Invocation(dir=dir), option, None, None, None).endpoint.uri
 
     assert found("unix:///a", dev) == "unix:///a"
+    assert found("unix:/a") == "unix:/a"
+    assert found("my run/api.sock") == f"unix://{tmp_path}/my%20run/api.sock"
+    with pytest.raises(SettingsInvalid):
+        found("http://127.0.0.1:80")
     assert found(dir=dev) == "unix:///dev"
     for nothing in (None, none):
         with pytest.raises(UsageRefused):
