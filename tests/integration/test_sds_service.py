@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -353,6 +355,52 @@ async def test_who_never_reads_holds_up_nobody(secrets: ServedSecrets) -> None:
     # What it finds when it reads at last ends with what is there now.
     while serial_of((await deaf.read())["default"]) != grant.identity.serial:
         pass
+
+
+async def test_a_process_that_became_another_program_gets_no_further_secret(
+    open_directory: Any,
+) -> None:
+    program = (
+        "import os, sys, time, grpc\n"
+        "from envoy.service.discovery.v3 import discovery_pb2 as d\n"
+        "from envoy.service.secret.v3.sds_pb2_grpc import SecretDiscoveryServiceStub as Stub\n"
+        "stub = Stub(grpc.insecure_channel('unix:' + sys.argv[1]))\n"
+        "asked = iter([d.DiscoveryRequest(resource_names=['default'])])\n"
+        "def forever():\n"
+        "    yield next(asked)\n"
+        "    time.sleep(3600)\n"
+        "call = stub.StreamSecrets(forever())\n"
+        "print(len(next(call).resources), flush=True)\n"
+        "for descriptor in map(int, os.listdir('/proc/self/fd')):\n"
+        "    try:\n"
+        "        os.set_inheritable(descriptor, True)\n"
+        "    except OSError:\n"
+        "        pass\n"
+        "sys.stdin.readline()\n"
+        "os.execv('/bin/sleep', ['sleep', '60'])\n"
+    )
+    async with secrets_served(open_directory) as secrets:
+        grant = secrets.identities.grant("/orders")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", program, secrets.socket),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdin
+        assert process.stdout
+        async with asyncio.timeout(20):
+            assert await process.stdout.readline() == b"1\n"
+        assert secrets.service.streams == 1
+        process.stdin.write(b"\n")
+        async with asyncio.timeout(10):
+            while b"python" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                await asyncio.sleep(0.01)
+        # The connection is still there, in another program's hands.
+        secrets.identities.rotate(grant)
+        await secrets.quiet()
+        assert secrets.counted("StreamSecrets", "PROCESS_CHANGED") == 1
+        process.kill()
+        await process.wait()
 
 
 async def test_streams_and_requests_of_a_process_are_bounded(
