@@ -190,11 +190,10 @@ async def test_a_program_without_a_file_has_a_digest_and_no_path(tmp_path: Path)
             f"m = os.memfd_create('x', 0); os.write(m, open({str(SLEEP)!r}, 'rb').read()); "
             "r = os.open(f'/proc/self/fd/{m}', os.O_RDONLY); os.close(m); os.set_inheritable(r, 1)"
         )
+        name = puppet.ask("r")
         puppet.tell("os.execv(f'/proc/self/fd/{r}', ['x', '60'])")
-        deadline = time.monotonic() + 10
-        while "memfd" not in str(Path(f"/proc/{puppet.pid}/exe").readlink()):
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.005)
+        became(puppet.pid, name)
+        assert "memfd" in str(Path(f"/proc/{puppet.pid}/exe").readlink())
         found = await attest(puppet.pid, {"unix": frozenset({"path", "sha256"})})
     assert values(found) == {f"unix:sha256:{hashlib.sha256(SLEEP.read_bytes()).hexdigest()}"}
 

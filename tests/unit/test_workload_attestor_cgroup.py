@@ -146,7 +146,7 @@ def test_the_containers_named_by_mounts() -> None:
     assert container_ids_of_mounts(text.encode()) == (ID,)
     text += line.format(root=podman, point="/etc/hosts")
     assert container_ids_of_mounts(text.encode()) == (ID, OTHER)
-    elsewhere = line.format(root=docker, point="/home/a/hostname")
+    elsewhere = line.format(root=docker, point="/srv/a/hostname")
     assert container_ids_of_mounts(elsewhere.encode()) == ()
     assert container_ids_of_mounts(b"") == ()
 
