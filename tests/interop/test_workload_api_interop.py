@@ -25,7 +25,8 @@ from spiffe.workloadapi.errors import FetchJwtSvidError, FetchX509SvidError, Val
 
 from identity_client import PeerRejected, client_ssl_context, server_ssl_context
 from identity_client.aio import IdentitySource
-from identity_client.errors import ObjectNotFound
+from identity_client.errors import ObjectNotFound, SourceError
+from identity_client.revocation import Issuer
 from identity_client.testing import FakeTrustDomain
 from support.workload_api import ServedWorkloadApi, line_of
 from support.workload_contract import Stage
@@ -231,6 +232,39 @@ async def test_py_spiffe_s_source_outlives_a_rotated_authority(
 
 
 # --- our SDK --------------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("API-11")
+async def test_our_sdk_follows_what_becomes_of_its_identity(stage: Stage) -> None:
+    async with IdentitySource.from_workload_api(stage.address) as source:
+        assert not source.status().ready
+        grant = await stage.grant("/a")
+        first = await source.wait_ready(timeout=10)
+        assert str(first.spiffe_id) == "spiffe://example.org/a"
+        token = await source.fetch_jwt_svid("reports")
+        assert source.validate_jwt_svid(token.token, "reports").spiffe_id == first.spiffe_id
+        await stage.revoke(int(first.serial, 16))
+
+        def is_replaced() -> bool:
+            try:
+                return source.snapshot().serial != first.serial
+            except SourceError:
+                return False
+
+        await eventually(is_replaced)
+        await eventually(
+            lambda: source.denied.denies(first.serial, Issuer.of(first.svid.leaf)),
+        )
+        await stage.withdraw(grant)
+
+        def is_over() -> bool:
+            try:
+                source.snapshot()
+            except SourceError:
+                return True
+            return False
+
+        await eventually(is_over)
 
 
 @pytest.mark.clause("API-7")
