@@ -404,11 +404,7 @@ class Identities:
     def _is_making(self, watch: _Watch, state: WorkloadState) -> bool:
         """Whether an SVID that the state lacks may be there in a moment."""
         there = {identity.entry_id for identity in state.identities}
-        return any(
-            self._svids.is_pending(key) and self._svids.failure(key) is None
-            for key in watch.keys
-            if key.entry_id not in there
-        )
+        return any(self._svids.is_hopeful(key) for key in watch.keys if key.entry_id not in there)
 
     def _no_svid(self, watch: _Watch) -> AgentNotReady:
         failures = [failure for key in watch.keys if (failure := self._svids.failure(key))]

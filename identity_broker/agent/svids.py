@@ -25,6 +25,7 @@ from identity_broker.agent.schedule import Rank, Schedule
 from identity_client.node.values import SyncedEntry
 from identity_client.renewal import renewal_due, retry_delay
 
+_PATIENCE: Final = 3  # a broker that was just restarted, or has not heard of the entry yet
 _MOST_DENIED: Final = 1024
 _MOST_INTERNED: Final = 256
 
@@ -110,6 +111,13 @@ class Svids:
         """Whether it is being made, or will be as soon as possible."""
         return self._schedule.is_pending(key)
 
+    def is_hopeful(self, key: SvidKey) -> bool:
+        """Whether it may be there in a moment: it is being made, and has hardly failed yet."""
+        failure = self._failures.get(key)
+        if failure is None:
+            return self._schedule.is_pending(key)
+        return failure.attempts < _PATIENCE and key in self._schedule
+
     def failure(self, key: SvidKey) -> Failure | None:
         """Why the last order failed; None once one succeeded."""
         return self._failures.get(key)
@@ -189,7 +197,7 @@ class Svids:
             self._schedule.redo(key, Rank.REPLACE)
         for key in tuple(self._failures):
             if key not in self._held:
-                self._schedule.want(key, Rank.WAITED)
+                self._schedule.want(key, self._missing(key))
         return lost
 
     def revoke(self, serials: Iterable[str]) -> set[SvidKey]:
@@ -219,7 +227,7 @@ class Svids:
     def retry_all(self, live: Iterable[SyncedEntry]) -> None:
         """Order at once what has failed: the broker is back."""
         for key in tuple(self._failures):
-            self._schedule.want(key, Rank.RENEW if key in self._held else Rank.WAITED)
+            self._schedule.want(key, Rank.RENEW if key in self._held else self._missing(key))
         self._prefetches = False  # What was given up while nobody waited for it is made after all.
         self._prefetch((), live)
 
@@ -284,7 +292,7 @@ class Svids:
         """Note that it could not be had; it is tried again, later and later."""
         if not self._schedule.land(key):
             return
-        if key not in self._held and key not in self._pins:
+        if key not in self._held and not self._is_kept(key):
             self._drop(key)  # Nobody waits; it is made when somebody asks.
             return
         earlier = self._failures.get(key)
@@ -296,7 +304,7 @@ class Svids:
             attempts, dice=self._dice(), remaining=remaining, retry_after=retry_after
         )
         if not self._schedule.is_pending(key):
-            rank = Rank.WAITED if held is None else Rank.RENEW
+            rank = self._missing(key) if held is None else Rank.RENEW
             self._schedule.later(key, rank, due_tick=tick + delay.total_seconds(), due_at=None)
 
     def discard(self, key: SvidKey) -> None:
@@ -307,6 +315,10 @@ class Svids:
 
     def _is_kept(self, key: SvidKey) -> bool:
         return key in self._pins or (self._prefetches and not key.instance)
+
+    def _missing(self, key: SvidKey) -> Rank:
+        """How urgent one is that is not there."""
+        return Rank.WAITED if key in self._pins else Rank.PREFETCH
 
     def _renew_for(self, key: SvidKey, entry: SyncedEntry) -> None:
         """The entry is not what the SVID was made for."""

@@ -740,6 +740,23 @@ def test_entries_that_fit_are_prefetched_and_those_that_do_not_are_not() -> None
     assert crowd.take(now=NOW, tick=0.0, limit=10) == []
 
 
+def test_what_nobody_waits_for_is_tried_again_too_while_everything_fits() -> None:
+    svids = Svids(LIMIT, lambda: 0.5)
+    entries = [entry_of("a"), entry_of("b")]
+    svids.follow([EntryChange(None, entry) for entry in entries], entries)
+    (first, second) = svids.take(now=NOW, tick=0.0, limit=2)
+    for key in (first, second):
+        svids.fail(key, reason="RATE_LIMITED", message="", retry_after=2.0, now=NOW, tick=0.0)
+    assert svids.take(now=NOW, tick=1.9, limit=2) == []
+    svids.pin(second, entry_of("b"), NOW)
+    assert svids.is_hopeful(second)
+    assert set(svids.take(now=NOW, tick=2.1, limit=2)) == {first, second}
+    for attempt in range(2):
+        svids.fail(second, reason="AWAY", message="", retry_after=None, now=NOW, tick=3.0)
+        assert svids.is_hopeful(second) == (attempt == 0)
+        assert svids.take(now=NOW, tick=60.0, limit=2) == [second]
+
+
 def test_half_way_through_its_life_an_svid_is_ordered_anew_and_failures_come_closer() -> None:
     svids = Svids(LIMIT, lambda: 0.5)
     svids.trust([b"root"])
