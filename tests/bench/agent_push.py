@@ -19,6 +19,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import psutil
+
 from bench.agent_fleet import Fleet, fleet
 from bench.agent_site import (
     BROKER_ID,
@@ -48,12 +50,14 @@ class Push:
     Attributes:
         agents: connected, the one that is looked at included.
         connect_seconds: until the others had attested and were up to date.
+        idle_cores: CPU seconds a second of the broker while nothing changes.
         changes: what happened → how long it took.
         verified: SVIDs looked at in full.
     """
 
     agents: int
     connect_seconds: float
+    idle_cores: float
     changes: dict[str, Spread]
     verified: int
 
@@ -103,23 +107,31 @@ class _Run:
         await deleting
 
 
-def measure(place: Site, *, others: int, samples: int, to_all: int, name: str) -> Push:
+def measure(
+    place: Site, *, others: int, samples: int, to_all: int, idle_seconds: float, name: str
+) -> Push:
     """Every change, with so many other agents connected."""
     with (
         agent_files(place, name) as files,
         running(files),
         fleet(place, others) if others else nullcontext() as found,
     ):
-        return asyncio.run(_measure(place, files, found, samples, to_all))
+        return asyncio.run(_measure(place, files, found, samples, to_all, idle_seconds))
 
 
 async def _measure(
-    place: Site, files: AgentFiles, found: Fleet | None, samples: int, to_all: int
+    place: Site,
+    files: AgentFiles,
+    found: Fleet | None,
+    samples: int,
+    to_all: int,
+    idle_seconds: float,
 ) -> Push:
     async with _prepared(place, files) as run:
         connected = await run.admin.applied(files.node_id)
         expected = 1 + (0 if found is None else found.connected)
         assert connected == expected, f"{connected} nodes are connected, not {expected}"
+        idle_cores = await _idle_cores(place.pid, idle_seconds)
         base = await run.admin.create("/bench/base", files.node_id, _OWN)
         await run.workload.until(lambda held: base.spiffe_id in held)
         for _ in range(samples):
@@ -146,9 +158,19 @@ async def _measure(
     return Push(
         connected,
         0.0 if found is None else found.start_seconds,
+        idle_cores,
         {change: Spread.of(run.taken[change]) for change in CHANGES if change in run.taken},
         run.verified,
     )
+
+
+async def _idle_cores(pid: int, seconds: float) -> float:
+    process = psutil.Process(pid)
+    begun, before = time.perf_counter(), process.cpu_times()
+    await asyncio.sleep(seconds)
+    after = process.cpu_times()
+    used = after.user + after.system - before.user - before.system
+    return used / (time.perf_counter() - begun)
 
 
 @asynccontextmanager

@@ -66,11 +66,11 @@ def _push(several: Sequence[Push]) -> str:
                 ]
             )
     head = ("agent: pushed, ms", "agents", "p50", "p95", "p99", "longest", "changes", "p99", "")
-    crowd = [push for push in several if push.connect_seconds]
     notes = [
-        f"\n  {push.agents - 1:,} others attested and were up to date in "
-        f"{push.connect_seconds:.1f} s, from one process with one core."
-        for push in crowd
+        f"\n  {push.agents:,} connected, nothing changes: the broker uses "
+        f"{push.idle_cores:.2f} of a core."
+        + (f" The others joined in {push.connect_seconds:.1f} s." if push.connect_seconds else "")
+        for push in several
     ]
     return columns(head, rows) + "".join(notes)
 

@@ -36,11 +36,13 @@ class AgentPlan:
         others: numbers of agents beside the one that is looked at.
         changes: of each kind; half as many of "first".
         to_all: changes that concern every agent.
+        idle_seconds: how long nothing changes, for the broker's own needs.
     """
 
     others: tuple[int, ...] = (0, 999)
     changes: int = 300
     to_all: int = 20
+    idle_seconds: float = 5.0
     fetch_rounds: int = 5
     fetch_calls: int = 100
     jwt_rounds: int = 5
@@ -57,6 +59,7 @@ QUICK = AgentPlan(
     others=(0, 9),
     changes=4,
     to_all=2,
+    idle_seconds=0.2,
     fetch_rounds=1,
     fetch_calls=4,
     jwt_rounds=1,
@@ -122,6 +125,7 @@ def measure(
                         others=others,
                         samples=plan.changes,
                         to_all=plan.to_all if others else 0,
+                        idle_seconds=plan.idle_seconds,
                         name=f"push-{others}",
                     )
                 )
