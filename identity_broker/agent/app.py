@@ -26,6 +26,7 @@ from identity_broker.agent.health import Facts, Health, HealthReport, judge
 from identity_broker.agent.identities import Identities
 from identity_broker.agent.listener import ADMIN_SOCKET, WorkloadListener
 from identity_broker.agent.mirror import Mirror
+from identity_broker.agent.pages import PageListener, pages
 from identity_broker.agent.renewals import Renewals
 from identity_broker.agent.sds.absent import AbsentSecretDiscovery
 from identity_broker.agent.svids import Svids
@@ -53,10 +54,12 @@ class AgentAddresses:
 
     Attributes:
         workload_api: as in SPIFFE_ENDPOINT_SOCKET: "unix:///run/…".
+        http_address: host:port; empty where none is configured.
     """
 
     workload_api: str
     admin_socket: Path
+    http_address: str = ""
 
 
 async def run_agent(
@@ -186,7 +189,9 @@ class Agent:
         for work in (self._follower.run(), self._follower.keep_time(), self._renewals.run()):
             self._spawn(work)
         _settle_memory()
-        return AgentAddresses(self._door.address, self._settings.agent.admin_socket)
+        return AgentAddresses(
+            self._door.address, self._settings.agent.admin_socket, await self._open_pages(resources)
+        )
 
     async def wait(self, stop: asyncio.Event) -> None:
         """Return when `stop` is set; raise what ended a loop."""
@@ -295,6 +300,16 @@ class Agent:
         resources.push_async_callback(close)
         await self._door.start([handler for face in faces for handler in face.handlers()])
         await self._admin_door.start(admin.handlers())
+
+    async def _open_pages(self, resources: AsyncExitStack) -> str:
+        """The pages for supervisors, where they are configured; returns their address."""
+        address = self._settings.agent.http_address
+        if address is None:
+            return ""
+        listener = PageListener(address, pages(self._judge, self._calls.render))
+        resources.push_async_callback(listener.stop)
+        await listener.start()
+        return listener.address
 
     def _on_node(self) -> None:
         status = self._node.status

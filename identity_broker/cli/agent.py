@@ -109,6 +109,8 @@ def run(
 
     def ready(bound: AgentAddresses) -> None:
         document = {"workload_api": bound.workload_api, "admin_socket": str(bound.admin_socket)}
+        if bound.http_address:
+            document["http_address"] = bound.http_address
         if invocation.output is OutputFormat.JSON:
             print(json.dumps(document), flush=True)
         else:

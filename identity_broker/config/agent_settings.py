@@ -75,6 +75,10 @@ class AgentSection(Section):
         "Socket of the agent's own API: `idb agent status`, `idb explain --pid`.",
         "<runtime_dir>/agent.sock",
     )
+    http_address: Address | None = Field(
+        default=None,
+        description="HTTP listener: /healthz, /readyz, /metrics. Not encrypted; none by default.",
+    )
     drain_timeout: Seconds = Field(
         default=parse_duration("2s"),
         description="How long running calls may take to end when the agent stops.",
