@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from identity_api.broker.v1 import types_pb2
 from identity_broker.cli.main import run
@@ -59,11 +60,12 @@ class Machine:
     async def explain(self, *arguments: str, pid: int | None = None) -> Ran:
         """`idb explain --pid …` in this process: the same `run`, a second faster."""
         named = () if "--socket" in arguments else ("--socket", str(self.agent.admin_socket))
-        self._capsys.readouterr()
-        code = await asyncio.to_thread(
-            run, ["explain", "--pid", str(pid or self.pid), *named, *arguments]
-        )
-        told = self._capsys.readouterr()
+        with capture_logs():  # The broker and the agent log to stdout here.
+            self._capsys.readouterr()
+            code = await asyncio.to_thread(
+                run, ["explain", "--pid", str(pid or self.pid), *named, *arguments]
+            )
+            told = self._capsys.readouterr()
         return Ran(code, told.out, told.err)
 
 
