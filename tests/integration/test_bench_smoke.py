@@ -17,13 +17,15 @@ from support import repository
 RUN = repository.ROOT / "tests" / "bench" / "run.py"
 
 
-def run_bench(out: Path, *names: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_bench(
+    out: Path, *names: str, path: str | None = None, seconds: float = 90
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(RUN), "--out", str(out), "--only", *names],
         env={**os.environ, "BENCH_QUICK": "1", **({} if path is None else {"PATH": path})},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=seconds,
         check=False,
     )
 
@@ -67,9 +69,10 @@ def test_says_that_cfssl_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_measures_the_agent(tmp_path: Path) -> None:
     names = ["push", "fetch", "jwt", "memory", "start", "rotation"]
-    done = run_bench(tmp_path / "results.json", *(f"agent {name}" for name in names))
+    done = run_bench(tmp_path / "results.json", *(f"agent {name}" for name in names), seconds=200)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "results.json").read_text())["agent"]
 
@@ -89,7 +92,7 @@ def test_measures_the_agent(tmp_path: Path) -> None:
     assert found["cold"]["ratios"][0] > 0
     assert found["cold"]["answer_bytes"] > 500
     assert found["warm"]["calls"]["FetchJWTSVID"][0]["per_second"] > 0
-    assert [each["svids"] for each in found["footprints"]] == [10, 50]
+    assert [each["svids"] for each in found["footprints"]] == [20]
     start = found["start"]
     assert start["interpreter"] < start["imports"] < start["first_svid"]
     assert len(found["rotation"]["spreads"]) == 3
