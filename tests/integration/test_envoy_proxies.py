@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,43 @@ async def test_a_rotation_under_load_fails_no_request(mesh: Mesh) -> None:
             mesh.identities.rotate()
             await load.until(30)
             assert await asyncio.to_thread(presented_serial, inbound) == stock.identity.serial
-        # New authorities as well: announced, signed with, the old ones taken away.
-        mesh.identities.rotate_authority()
-        await load.until(30)
-        mesh.identities.retire_authorities()
-        await load.until(30)
+    assert load.failures == []
+    assert load.answers.keys() == {(200, ORDERS)}
+
+
+def knows(envoy: RunningEnvoy, roots: set[str]) -> bool:
+    return roots <= envoy.authorities()
+
+
+def presents(envoy: RunningEnvoy, serial: str) -> bool:
+    return envoy.certificates() == {serial}
+
+
+async def test_new_authorities_under_load_fail_no_request(mesh: Mesh) -> None:
+    """As the broker does it: known to everybody, then signed with, then the old one goes."""
+    mesh.change = short_connections
+    identities = mesh.identities
+    inbound = await mesh.stock()
+    outbound = await mesh.orders(inbound)
+    await get(outbound)
+    async with load_on(outbound) as load:
+        for _ in range(3):
+            await load.until(30)
+            identities.prepare_authority()
+            roots = {
+                f"{x509.load_der_x509_certificate(der).serial_number:040x}"
+                for der in identities.bundle.x509_authorities
+            }
+            for envoy in mesh.envoys.values():
+                await envoy.until(partial(knows, envoy, roots))
+            identities.activate_authority()
+            await load.until(30)
+            for name, grant in zip(("orders", "stock"), identities.grants, strict=True):
+                envoy = mesh.envoys[name]
+                await envoy.until(partial(presents, envoy, grant.identity.serial))
+            await load.until(20)
+            identities.retire_authorities()
+            await load.until(30)
     assert load.failures == []
     assert load.answers.keys() == {(200, ORDERS)}
 
