@@ -148,7 +148,7 @@ def in_pid_namespace(script: str, *arguments: object) -> str:
     """
     command = unshare("-Urpf", "--mount-proc", "--kill-child")
     done = subprocess.run(
-        [*command, sys.executable, "-c", _PIDS + script, *map(str, arguments)],
+        [*command, sys.executable, "-P", "-c", _PIDS + script, *map(str, arguments)],
         check=False,
         capture_output=True,
         text=True,
