@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from identity_broker.agent.identities import Identities, is_over
 from identity_broker.agent.mirror import Changed, Mirror, Mismatch, OutOfStep
-from identity_broker.agent.renewals import Renewals
+from identity_broker.agent.renewals import Renewals, all_entries
 from identity_broker.agent.svids import Svids
 from identity_broker.agent.tokens import Tokens
 from identity_broker.domain.clock import Clock
@@ -186,7 +186,7 @@ class Follower:
                 identities.svids_changed(lost)
         if changed.entries:
             tokens.follow(changed.entries)
-            gone = svids.follow(changed.entries, self._mirror.entries(self._clock.now()))
+            gone = svids.follow(changed.entries, all_entries(self._mirror, self._clock))
             identities.svids_changed(gone)
         identities.changed(changed)
         self._to.renewals.wake()

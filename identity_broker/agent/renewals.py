@@ -3,12 +3,14 @@
 - What is wanted within a tick of a few milliseconds is one call to the broker.
 - Nothing is adopted that was not checked (`orders.check_issued`).
 - While the broker is away one order is tried now and then, not every one at its own pace.
+- Keys that take long to make have a lane of their own and hold up nobody else.
 - No failure ends it, and an SVID that is still valid outlives all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Final
@@ -16,7 +18,7 @@ from typing import Final
 from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.node import Node
 from identity_broker.agent.orders import KeyOrder, algorithm_for, check_issued, make_order
-from identity_broker.agent.svids import SvidKey, Svids
+from identity_broker.agent.svids import Entries, SvidKey, Svids
 from identity_broker.domain.clock import Clock
 from identity_broker.telemetry.logs import get_logger
 from identity_broker.telemetry.metrics import AgentMetrics
@@ -31,11 +33,17 @@ _log = get_logger("renewals")
 _GATHER_SECONDS: Final = 0.002
 _BATCH: Final = 250  # half of what a call may hold: an urgent order never waits long behind one
 _FLIGHTS: Final = 3
+_SLOW_BATCH: Final = 4
 _BREATH: Final = 4  # keys made or chains checked, a few milliseconds, before others get a turn
 _LONGEST_SLEEP: Final = 1.0  # the wall clock may jump
 _AWAY: Final = (BrokerUnavailable, IdentityNotReady)
 
 _Order = tuple[SvidKey, SyncedEntry]
+
+
+def all_entries(mirror: Mirror, clock: Clock) -> Entries:
+    """The mirror's entries, as `Svids` takes them."""
+    return Entries(len(mirror), lambda: mirror.entries(clock.now()))
 
 
 class Renewals:
@@ -65,6 +73,8 @@ class Renewals:
         self._on_change = on_change
         self._woken = woken
         self._flights: set[asyncio.Task[None]] = set()
+        self._slow: deque[_Order] = deque()
+        self._slow_lane: asyncio.Task[None] | None = None
         self._outages = 0
         self._not_before = 0.0
         self.last_error: IdentityError | None = None
@@ -77,7 +87,7 @@ class Renewals:
         """The broker answers again: order at once what has failed."""
         self._outages = 0
         self._not_before = 0.0
-        self._svids.retry_all(self._mirror.entries(self._clock.now()))
+        self._svids.retry_all(all_entries(self._mirror, self._clock))
         self.wake()
 
     async def run(self) -> None:
@@ -86,9 +96,10 @@ class Renewals:
             while True:
                 await self._next()
         finally:
-            for flight in tuple(self._flights):
+            ending = {*self._flights, *([self._slow_lane] if self._slow_lane else [])}
+            for flight in ending:
                 flight.cancel()
-            await asyncio.gather(*self._flights, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
 
     async def _next(self) -> None:
         self._woken.clear()
@@ -115,21 +126,27 @@ class Renewals:
     def _depart(self) -> None:
         """Take a batch, and let it fly."""
         now = self._clock.now()
-        slow: list[_Order] = []
-        fast: list[_Order] = []
+        batch: list[_Order] = []
         for key in self._svids.take(now=now, tick=monotonic(), limit=_BATCH):
             entry = self._mirror.entry(key.entry_id, now)
             if entry is None:
                 self._svids.discard(key)
             elif entry.key_algorithm == KeyAlgorithm.RSA_2048.value:
-                slow.append((key, entry))
+                self._slow.append((key, entry))
             else:
-                fast.append((key, entry))
-        for batch in (fast, slow):
-            if batch:
-                flight = asyncio.create_task(self._fly(batch), name="renewals flight")
-                self._flights.add(flight)
-                flight.add_done_callback(self._flights.discard)
+                batch.append((key, entry))
+        if batch:
+            flight = asyncio.create_task(self._fly(batch), name="renewals flight")
+            self._flights.add(flight)
+            flight.add_done_callback(self._flights.discard)
+        if self._slow and (self._slow_lane is None or self._slow_lane.done()):
+            self._slow_lane = asyncio.create_task(self._fly_slowly(), name="renewals slow lane")
+
+    async def _fly_slowly(self) -> None:
+        while self._slow:
+            await self._fly(
+                [self._slow.popleft() for _ in range(min(_SLOW_BATCH, len(self._slow)))]
+            )
 
     async def _fly(self, batch: Sequence[_Order]) -> None:
         try:

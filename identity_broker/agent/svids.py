@@ -38,6 +38,19 @@ class SvidKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Entries:
+    """All entries of the node.
+
+    Attributes:
+        count: how many there are, those that have expired included.
+        live: lists those that count now; called only where it matters, for there may be many.
+    """
+
+    count: int
+    live: Callable[[], Iterable[SyncedEntry]]
+
+
+@dataclass(frozen=True, slots=True)
 class Issued:
     """An SVID that was checked, and what it leads to."""
 
@@ -164,11 +177,11 @@ class Svids:
 
     # --- what changes -------------------------------------------------------------------------
 
-    def follow(self, changes: Iterable[EntryChange], live: Iterable[SyncedEntry]) -> set[SvidKey]:
+    def follow(self, changes: Iterable[EntryChange], entries: Entries) -> set[SvidKey]:
         """Take over changed entries.
 
         Args:
-            live: all entries that count now; looked at only where it matters.
+            entries: all there are after the changes.
 
         Returns:
             The keys whose SVID is gone.
@@ -186,7 +199,7 @@ class Svids:
                     self._renew_for(key, change.new)
             else:
                 fresh.append(change.new)
-        self._prefetch(fresh, live)
+        self._prefetch(fresh, entries)
         return gone
 
     def trust(self, anchors: Iterable[bytes]) -> set[SvidKey]:
@@ -224,12 +237,12 @@ class Svids:
         if len(self._denied) > _MOST_DENIED:
             self._denied = {key for key in self._denied if not is_over(key.instance)}
 
-    def retry_all(self, live: Iterable[SyncedEntry]) -> None:
+    def retry_all(self, entries: Entries) -> None:
         """Order at once what has failed: the broker is back."""
         for key in tuple(self._failures):
             self._schedule.want(key, Rank.RENEW if key in self._held else self._missing(key))
         self._prefetches = False  # What was given up while nobody waited for it is made after all.
-        self._prefetch((), live)
+        self._prefetch((), entries)
 
     def clear(self) -> None:
         """Forget every SVID and every order."""
@@ -329,12 +342,12 @@ class Svids:
         elif held.entry_revision != entry.revision:
             self._schedule.redo(key, Rank.REPLACE)
 
-    def _prefetch(self, fresh: Iterable[SyncedEntry], live: Iterable[SyncedEntry]) -> None:
-        candidates = [entry for entry in live if not entry.per_process]
-        fits = len(candidates) <= self._limit
-        wanted = (candidates if not self._prefetches else fresh) if fits else ()
-        self._prefetches = fits
-        for entry in wanted:
+    def _prefetch(self, fresh: Iterable[SyncedEntry], entries: Entries) -> None:
+        before, self._prefetches = self._prefetches, entries.count <= self._limit
+        if not self._prefetches:
+            self._evict()
+            return
+        for entry in fresh if before else entries.live():
             key = SvidKey(entry.id)
             if not entry.per_process and key not in self._held and key not in self._schedule:
                 self._known.setdefault(entry.id, set()).add(key)

@@ -230,6 +230,18 @@ async def test_keys_are_of_the_kind_the_entry_asks_for_and_belong_to_the_chain(
         assert key.curve.name == ("secp384r1" if algorithm == "ec-p384" else "secp256r1")
 
 
+async def test_keys_that_take_long_hold_up_nobody(
+    agent: RunningAgent, broker: RunningBroker
+) -> None:
+    for number in range(12):
+        await entry(broker, f"/rsa-{number}", key_algorithm="rsa-2048", selectors=SOMEBODY)
+    await in_mirror(agent, 12)
+    await entry(broker, "/web")
+    await in_mirror(agent, 13)
+    assert paths(await agent.fetch_x509()) == ["/web"]
+    await agent.until(lambda: agent.agent.report().x509_svids == 13, 30)
+
+
 async def test_svids_are_there_before_anybody_asks(
     agent: RunningAgent, broker: RunningBroker
 ) -> None:

@@ -29,7 +29,7 @@ from identity_broker.agent.mirror import (
     OutOfStep,
 )
 from identity_broker.agent.schedule import Rank, Schedule
-from identity_broker.agent.svids import Issued, SvidKey, Svids
+from identity_broker.agent.svids import Entries, Issued, SvidKey, Svids
 from identity_ca.spiffe_id import TrustDomain
 from identity_client.node.values import (
     SyncedBundle,
@@ -512,6 +512,10 @@ def entry_of(entry_id: str, revision: int = 1, **fields: Any) -> SyncedEntry:
     )
 
 
+def listed(entries: Sequence[SyncedEntry]) -> Entries:
+    return Entries(len(entries), lambda: entries)
+
+
 class SvidsMachine(RuleBasedStateMachine):
     """SVIDs that come, go, are watched, revoked and distrusted in any order."""
 
@@ -530,7 +534,7 @@ class SvidsMachine(RuleBasedStateMachine):
         self.number = 0
 
     def follow(self, old: SyncedEntry | None, new: SyncedEntry | None) -> None:
-        self.svids.follow([EntryChange(old, new)], list(self.entries.values()))
+        self.svids.follow([EntryChange(old, new)], listed([*self.entries.values()]))
 
     @rule(entry_id=entry_ids, per_process=st.booleans())
     def entry_comes(self, entry_id: str, per_process: bool) -> None:
@@ -621,7 +625,7 @@ class SvidsMachine(RuleBasedStateMachine):
 
     @rule()
     def broker_is_back(self) -> None:
-        self.svids.retry_all(list(self.entries.values()))
+        self.svids.retry_all(listed([*self.entries.values()]))
 
     @rule(minutes=st.integers(1, 45))
     def time_passes(self, minutes: int) -> None:
@@ -706,7 +710,7 @@ def test_ten_thousand_svids_are_a_few_megabytes() -> None:
     svids = Svids(20_000, lambda: 0.5)
     svids.trust([b"root"])
     entries = [entry_of(f"entry-{number}") for number in range(10_000)]
-    svids.follow([EntryChange(None, entry) for entry in entries], entries)
+    svids.follow([EntryChange(None, entry) for entry in entries], listed(entries))
     tracemalloc.start()
     try:
         while taken := svids.take(now=NOW, tick=0.0, limit=250):
@@ -732,18 +736,18 @@ def test_ten_thousand_svids_are_a_few_megabytes() -> None:
 def test_entries_that_fit_are_prefetched_and_those_that_do_not_are_not() -> None:
     svids = Svids(LIMIT, lambda: 0.5)
     entries = [entry_of(f"e{number}") for number in range(LIMIT)]
-    svids.follow([EntryChange(None, entry) for entry in entries], entries)
+    svids.follow([EntryChange(None, entry) for entry in entries], listed(entries))
     assert len(svids.take(now=NOW, tick=0.0, limit=10)) == LIMIT
     crowd = Svids(LIMIT, lambda: 0.5)
     entries.append(entry_of("one-too-many"))
-    crowd.follow([EntryChange(None, entry) for entry in entries], entries)
+    crowd.follow([EntryChange(None, entry) for entry in entries], listed(entries))
     assert crowd.take(now=NOW, tick=0.0, limit=10) == []
 
 
 def test_what_nobody_waits_for_is_tried_again_too_while_everything_fits() -> None:
     svids = Svids(LIMIT, lambda: 0.5)
     entries = [entry_of("a"), entry_of("b")]
-    svids.follow([EntryChange(None, entry) for entry in entries], entries)
+    svids.follow([EntryChange(None, entry) for entry in entries], listed(entries))
     (first, second) = svids.take(now=NOW, tick=0.0, limit=2)
     for key in (first, second):
         svids.fail(key, reason="RATE_LIMITED", message="", retry_after=2.0, now=NOW, tick=0.0)
