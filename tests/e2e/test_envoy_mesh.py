@@ -150,7 +150,7 @@ async def test_the_kept_pair_works_and_survives_rotations_under_load(shop: Shop)
         await load.until(20)
         serials = {await asyncio.to_thread(presented_serial, inbound)}
         async with asyncio.timeout(40):
-            while len(serials) < 4:
+            while len(serials) < 3:
                 serials.add(await asyncio.to_thread(presented_serial, inbound))
                 await asyncio.sleep(0.1)
         await load.until(20)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -185,6 +185,9 @@ class IncrementalClient(RuleBasedStateMachine):
         assert self.has == self.world.of(self.wanted)
 
 
+_ENOUGH = settings(max_examples=40, stateful_step_count=25)
+StateOfTheWorldClient.TestCase.settings = _ENOUGH
+IncrementalClient.TestCase.settings = _ENOUGH
 TestStateOfTheWorldClient = StateOfTheWorldClient.TestCase
 TestIncrementalClient = IncrementalClient.TestCase
 
