@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
+from identity_broker.config.agent_settings import AgentSettings
 from identity_broker.config.duration import bounds_of, format_duration
 from identity_broker.config.settings import MASK, Section, Settings
 
@@ -27,16 +28,35 @@ def masked(section: Section, prefix: str = "") -> dict[str, str]:
 
 
 def reference_markdown() -> str:
-    """One table for each section: key, default, meaning. docs/reference/configuration.md."""
+    """One table for each section of the broker's: docs/reference/configuration.md."""
+    return _markdown(
+        Settings,
+        "Configuration",
+        "identity_broker/config/settings.py",
+        "(`IDB_SERVER__ADDRESS` is `server.address`)",
+    )
+
+
+def agent_reference_markdown() -> str:
+    """One table for each section of a node agent's: docs/reference/agent-configuration.md."""
+    return _markdown(
+        AgentSettings,
+        "Configuration of the node agent",
+        "identity_broker/config/agent_settings.py",
+        "(`IDB_BROKER__ADDRESS` is `broker.address`)",
+    )
+
+
+def _markdown(root: type[Section], title: str, module: str, example: str) -> str:
     lines = [
-        "# Configuration",
+        f"# {title}",
         "",
-        "Generated from `identity_broker/config/settings.py`; do not edit.",
+        f"Generated from `{module}`; do not edit.",
         "",
         "Sources, later wins: the TOML file, `IDB_…` environment variables "
-        "(`IDB_SERVER__ADDRESS` is `server.address`), command-line flags.",
+        f"{example}, command-line flags.",
     ]
-    for name, info in Settings.model_fields.items():
+    for name, info in root.model_fields.items():
         lines += _section(name, info.annotation)
     return "\n".join(lines) + "\n"
 
@@ -75,8 +95,8 @@ def _default(info: FieldInfo) -> str:
     extra = info.json_schema_extra
     if isinstance(extra, Mapping):
         return f"`{extra['default_text']}`"
-    value = info.default
-    if value is None or value in {"", ()}:
+    value = info.get_default(call_default_factory=True)
+    if value is None or value in ("", (), {}):
         return "none"
     return f"`{_plain(value)}`"
 
