@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from identity_api.broker.v1 import types_pb2
+from identity_broker.agent.app import tell_supervisor
 from identity_broker.agent.health import Health, HealthReport
 from identity_broker.agent.pages import PageListener, pages
 from identity_broker.errors import ConfigError
@@ -46,6 +47,30 @@ async def test_an_agent_shows_its_health_and_its_metrics(
         ):
             assert line in shown.splitlines()
         assert "spiffe://" not in shown
+
+
+async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(
+    tmp_path: Path, open_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(open_directory / "notify"))
+        supervisor.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(open_directory / "notify"))
+        async with running(
+            settings_in(tmp_path / "broker", ca={"key_manager": "memory"})
+        ) as broker:
+            async with running_agent(broker, open_directory / "agent", wait=False):
+                assert supervisor.recv(64) == b"READY=1"
+            assert supervisor.recv(64) == b"STOPPING=1"
+
+
+def test_no_supervisor_or_a_dead_one_is_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    tell_supervisor("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    tell_supervisor("READY=1")
 
 
 class Told:
