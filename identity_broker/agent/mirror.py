@@ -247,7 +247,6 @@ class Mirror:
         self._expiries = []
         for entry in index:
             self._expect(entry)
-        self._stale.since = None
         return self._settle(update, tuple(changes), bundle)
 
     def _extend(self, update: SyncUpdate) -> Changed:
@@ -290,6 +289,7 @@ class Mirror:
             self._crls = update.crls
         self._revision = update.revision
         self._digest = update.entries_digest
+        self._stale.since = None  # Whoever knows where we stand is not behind.
         return Changed(entries=changes, bundle=new_bundle, crls=new_crls, revoked=told)
 
     def _expect(self, entry: SyncedEntry) -> None:

@@ -326,6 +326,11 @@ def test_a_broker_that_catches_up_has_not_insisted() -> None:
     with pytest.raises(OutOfStep):
         mirror.apply(older, tick=75.0)
     assert mirror.revision == 6
+    # Nor has one that goes on where we stand, without a full state.
+    mirror.apply(update(6, 6), tick=80.0)
+    with pytest.raises(OutOfStep):
+        mirror.apply(older, tick=140.0)
+    assert mirror.revision == 6
 
 
 def test_a_delta_is_nothing_to_a_mirror_that_was_never_told() -> None:
