@@ -83,6 +83,11 @@ class AgentResults:
     start: AgentStart | None = None
     rotation: Rotation | None = None
 
+    @property
+    def verified(self) -> int:
+        """Answers looked at in full; those of the other rows are looked at as well."""
+        return sum(push.verified for push in self.push)
+
     def document(self) -> dict[str, Any]:
         """For machines."""
         return asdict(self)

@@ -164,6 +164,7 @@ def measure(plan: Plan, wanted: tuple[str, ...], directory: Path) -> Results:
         )
         results.pipeline = micro.pipeline(plan.pipeline_rounds)
     results.agent = agent_rows.measure(plan.agent, wanted, directory, _say)
+    results.verified += results.agent.verified
     results.seconds = time.perf_counter() - began
     return results
 
