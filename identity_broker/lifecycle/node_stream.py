@@ -244,11 +244,14 @@ class NodeStream:
         return took
 
     def has_applied(self, seq: int) -> bool:
-        """Whether the node has acknowledged everything that it was to be told by `seq`."""
+        """Whether the node has acknowledged everything that it was to be told by `seq`.
+
+        Nothing more is told on a stream that has ended, so nothing can be said of it.
+        """
         waits = self.waiting.since
-        return (waits is None or waits > seq) and not any(
-            told.since is not None and told.since <= seq for told in self._under_way
-        )
+        if self._ended or (waits is not None and waits <= seq):
+            return False
+        return not any(told.since is not None and told.since <= seq for told in self._under_way)
 
     # --- ending -------------------------------------------------------------------------------
 

@@ -130,7 +130,8 @@ class Roster:
             wanted: nodes waited for even while they are not connected.
             timeout: how long to wait.
         """
-        concerned = {*self._nodes, *wanted}
+        connected = (key for key, streams in self._nodes.items() if not streams[-1].ended)
+        concerned = {*connected, *wanted}
         applied = {key for key in concerned if self._has_applied(key, seq)}
         wait = _Wait(seq, applied, concerned - applied)
         if wait.missing:
