@@ -41,6 +41,7 @@ from identity_broker.domain.caller import (
 )
 from identity_broker.errors import (
     BrokerError,
+    BrokerStopping,
     DeadlineExceeded,
     InvariantViolated,
     Kind,
@@ -395,7 +396,9 @@ class _Wrapper:
         self._ended.labels(self._name, error.reason).inc()
         if self._timed:
             self._seconds.observe(elapsed)
-        getattr(parts.log, _LEVELS[error.kind])(
+        # A thousand agents are told that the broker stops: that is no thousand errors.
+        level = "debug" if isinstance(error, BrokerStopping) else _LEVELS[error.kind]
+        getattr(parts.log, level)(
             "rpc refused",
             reason=error.reason,
             detail=error.detail or error.public,
