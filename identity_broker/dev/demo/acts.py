@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from typing import Any
@@ -115,6 +116,7 @@ def with_identities(stage: Stage, api_key: str) -> Cast:
 def _register(stage: Stage, name: str) -> str:
     entry = stage.idb(
         *("entry", "create", "--spiffe-id", f"/{name}"),
+        *("--selector", f"unix:uid:{os.getuid()}"),
         *("--selector", f"unix:path:{stage.program(name)}", "--ttl", _SHORT, "--wait"),
     )
     return str(entry.document["id"])
