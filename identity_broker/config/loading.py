@@ -52,6 +52,7 @@ class Form(Generic[_S]):
         conflicts: rules between tables that do not hold.
         clashes: keys that may not both be written: dotted key → rule.
         placeholders: values for required keys, so that the rest of their table can be checked.
+        check: the command that lists every problem.
     """
 
     root: type[_S]
@@ -59,6 +60,7 @@ class Form(Generic[_S]):
     conflicts: Callable[[_S], Mapping[str, str]]
     clashes: Callable[[Mapping[str, Any]], Mapping[str, str]]
     placeholders: Mapping[str, Mapping[str, Any]]
+    check: str
 
 
 def _both_urls(raw: Mapping[str, Any]) -> Mapping[str, str]:
@@ -74,6 +76,7 @@ BROKER: Final = Form(
     conflicts=conflicts_between,
     clashes=_both_urls,
     placeholders={"server": {"trust_domain": "placeholder.invalid"}},
+    check="idb config check --config FILE",
 )
 AGENT: Final = Form(
     root=AgentSettings,
@@ -87,6 +90,7 @@ AGENT: Final = Form(
             "bootstrap_address": "placeholder.invalid:2",
         },
     },
+    check="idb agent config check --config FILE",
 )
 
 
@@ -175,7 +179,7 @@ def load_form(
         layers.put(tuple(".".join(key).split(".")), value, OVERRIDES)
     settings = _validated(layers)
     if settings is None or layers.problems:
-        raise _config_error(layers.problems)
+        raise _config_error(layers.problems, form.check)
     return settings
 
 
@@ -191,11 +195,13 @@ def unreadable_files(settings: Section) -> Iterator[tuple[str, str]]:
                 yield key, f"the file cannot be read ({why.lower()})"
 
 
-def _config_error(problems: list[str]) -> ConfigError:
+def _config_error(problems: list[str], check: str) -> ConfigError:
     count = f"{len(problems)} problems" if len(problems) != 1 else "1 problem"
     lines = "".join(f"\n  {problem}" for problem in problems)
     return ConfigError(
-        f"the configuration cannot be used, {count}:{lines}", problems=tuple(problems)
+        f"the configuration cannot be used, {count}:{lines}",
+        hint=f"{check} lists every problem",
+        problems=tuple(problems),
     )
 
 

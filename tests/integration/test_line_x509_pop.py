@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -173,6 +174,45 @@ async def test_a_ca_is_no_machine(tmp_path: Path, machines: MachineCa) -> None:
         half = client_half(tmp_path / name, key, certificate)
         with pytest.raises(AttestationFailed, match="not a machine"):
             await attest(the_broker(machines), half, spki)
+
+
+@pytest.mark.parametrize(
+    ("extension", "fits"),
+    [
+        ("", True),  # what `openssl req -x509` makes by itself
+        ("keyUsage=critical,keyCertSign,cRLSign", True),
+        ("keyUsage=critical,digitalSignature", False),
+        ("1.2.3.4=critical,ASN1:NULL", False),
+    ],
+)
+async def test_a_plain_private_ca_of_openssl_certifies_machines(
+    tmp_path: Path, extension: str, fits: bool
+) -> None:
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "leaf.cnf").write_text("subjectAltName=DNS:web-1.internal\n")  # or it is no v3
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    more = ("-addext", extension) if extension else ()
+    openssl(
+        *("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca"),
+        *("-days", "30", *more),
+    )
+    openssl("req", *curve, "-keyout", "m.key", "-out", "m.csr", "-subj", "/CN=web-1")
+    openssl(
+        *("x509", "-req", "-in", "m.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-out", "m.pem"),
+        *("-days", "10", "-set_serial", "7", "-extfile", "leaf.cnf"),
+    )
+    root = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
+    broker = X509PopAttestor(DOMAIN, [root], SettableClock(datetime.now(UTC)))
+    half = CertificateAttestor(tmp_path / "m.pem", tmp_path / "m.key")
+    spki = spki_der(new_key().public_key())
+    if fits:
+        node = await attest(broker, half, spki)
+        assert "x509_pop:subject:cn:web-1" in {str(selector) for selector in node.selectors}
+    else:
+        with pytest.raises(AttestationFailed):
+            await attest(broker, half, spki)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from cryptography.x509.verification import (
+    Criticality,
     ExtensionPolicy,
     PolicyBuilder,
     Store,
@@ -150,13 +151,13 @@ class X509PopAttestor:
             .time(now)
             .max_chain_depth(MAX_CHAIN)
             .extension_policies(
-                ca_policy=ExtensionPolicy.webpki_defaults_ca(),
+                ca_policy=_CA_POLICY,
                 ee_policy=ExtensionPolicy.permit_all(),
             )
         )
         try:
             algorithm_of(leaf.public_key())
-            return builder.build_client_verifier().verify(leaf, intermediates).chain
+            chain = builder.build_client_verifier().verify(leaf, intermediates).chain
         except CAError as error:
             raise AttestationFailed(
                 f"the certificate's key cannot be used: {error.message}"
@@ -164,11 +165,13 @@ class X509PopAttestor:
         except VerificationError as error:
             raise AttestationFailed(
                 "the certificate does not lead to a CA this broker trusts for attestation",
-                hint="idb config show names the CA bundle",
+                hint="idb config show names the CA bundle; the broker's log says what is wrong",
                 detail=str(error),
             ) from error
         except ValueError as error:
             raise AttestationFailed(detail=f"unusable certificate: {error}") from error
+        _refuse_unknown_demands(chain[1:])
+        return chain
 
     def _node(self, leaf: x509.Certificate, chain: list[x509.Certificate]) -> AttestedNode:
         fingerprint = leaf.fingerprint(hashes.SHA256()).hex()
@@ -225,6 +228,47 @@ def _extension(certificate: x509.Certificate, kind: type[_E]) -> _E | None:
         return certificate.extensions.get_extension_for_class(kind).value
     except x509.ExtensionNotFound:
         return None
+
+
+def _must_certify(_policy: object, _ca: x509.Certificate, usage: x509.KeyUsage | None) -> None:
+    if usage is not None and not usage.key_cert_sign:
+        raise ValueError("the keyUsage of a CA certificate lacks keyCertSign")
+
+
+def _must_be_ca(_policy: object, _ca: x509.Certificate, found: x509.BasicConstraints) -> None:
+    if not found.ca:
+        raise ValueError("a CA certificate is not marked as one")
+
+
+# Plain private CAs, such as `openssl req -x509` makes, have no keyUsage; RFC 5280 section 4.2.1.3
+# asks for it, and nothing is lost without: what is trusted is named in the configuration.
+_CA_POLICY: Final = (
+    ExtensionPolicy.permit_all()
+    .require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _must_be_ca)
+    .may_be_present(x509.KeyUsage, Criticality.AGNOSTIC, _must_certify)
+)
+_UNDERSTOOD: Final = frozenset(
+    {
+        ExtensionOID.BASIC_CONSTRAINTS,
+        ExtensionOID.KEY_USAGE,
+        ExtensionOID.NAME_CONSTRAINTS,
+    }
+)
+
+
+def _refuse_unknown_demands(authorities: Sequence[x509.Certificate]) -> None:
+    """RFC 5280 section 4.2: who does not understand a critical extension refuses.
+
+    Raises:
+        AttestationFailed: a CA certificate has one.
+    """
+    for certificate in authorities:
+        for extension in certificate.extensions:
+            if extension.critical and extension.oid not in _UNDERSTOOD:
+                raise AttestationFailed(
+                    "a CA certificate demands what this broker does not know",
+                    detail=f"critical extension {extension.oid.dotted_string}",
+                )
 
 
 def _dns_names(leaf: x509.Certificate) -> list[str]:
