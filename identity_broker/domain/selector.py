@@ -33,7 +33,12 @@ class Selector:
                 "starting with a letter",
                 hint='a selector looks like "unix:uid:1000"',
             )
-        if not self.value or len(self.value.encode("utf-8", "surrogatepass")) > MAX_VALUE_BYTES:
+        if not self.value:
+            raise EntryInvalid(
+                f'a selector is TYPE:VALUE, and "{self.type}" has no value',
+                hint='a selector looks like "unix:uid:1000"',
+            )
+        if len(self.value.encode("utf-8", "surrogatepass")) > MAX_VALUE_BYTES:
             raise EntryInvalid(
                 f'the value of a "{self.type}" selector must have 1 to {MAX_VALUE_BYTES} bytes',
                 hint='a selector looks like "unix:uid:1000"',
