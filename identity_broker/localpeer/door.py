@@ -7,7 +7,7 @@
 - Knows no gRPC: what serves behind it is the caller's.
 - The inner socket lies in a directory of mode 0700 beside the outer one; both go at the end.
 - There are descriptors for as many connections as are let in: whoever opens too many is turned
-  away, and takes no descriptor from the others.
+  away, or loses what is above a fair share, and takes no descriptor from the others.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LocalDoor(Generic[P]):
         identify: as for `Splice`; what it makes is what `of` returns.
         access: who may connect.
         limit: most connections at a time.
-        limit_per_uid: most of one user; None: as many as `limit`.
+        limit_per_uid: most of one uid; None: as many as `limit`.
         presence: see `Splice`; only where the server speaks HTTP/2.
         on_count: told how many connections there are, whenever that changes.
         naming: what messages call it.

@@ -7,7 +7,8 @@
 - The inner socket lies in a directory of mode 0700: nobody else can reach the server.
 - Either side's end of file is passed on (half-close); either side's loss ends both.
 - A slow reader pauses its writer: no more than a transport's buffer is held for anyone.
-- Connections are bounded, all together and for each user; one too many is closed at once.
+- Connections are bounded, all together and for each user. One too many is closed at once, or takes
+  the place of one of whoever holds most (`Admission`).
 - Every byte must come from the process that connected: the kernel says so of each chunk
   (SO_PASSCRED). Bytes of anyone else, who inherited or was passed the descriptor, end the
   connection before they reach the server.
@@ -21,19 +22,21 @@ from __future__ import annotations
 import array
 import asyncio
 import fcntl
+import os
 import secrets
 import socket
 import struct
 import termios
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol, cast
 
 from identity_broker.domain.caller import LocalPeer
 from identity_broker.errors import BrokerError, Unauthenticated
+from identity_broker.localpeer.admission import Admission
 from identity_broker.localpeer.credentials import peer_of, process_of
 from identity_broker.localpeer.endpoint import Endpoint
+from identity_broker.localpeer.subuids import SubordinateUids
 from identity_broker.telemetry.logs import get_logger
 
 _log = get_logger("localpeer")
@@ -71,8 +74,9 @@ class Splice:
     Args:
         endpoint: where peers connect; owned from now on.
         inner: path of the socket the inner server listens on.
-        limit: most connections at a time.
-        limit_per_uid: most of one user; None: as many as `limit`.
+        limit: most connections at a time. Root and this process's own user get in all the same,
+            in the place of another.
+        limit_per_uid: most of one uid; None: as many as `limit`.
         identify: looks at a process that has connected. A BrokerError refuses it, which it is told
             by whatever it calls.
         presence: see above.
@@ -92,18 +96,20 @@ class Splice:
     ) -> None:
         self._endpoint = endpoint
         self._inner = inner
-        self._limit = limit
-        self._limit_per_uid = limit if limit_per_uid is None else limit_per_uid
+        self._admission = Admission(
+            limit,
+            limit if limit_per_uid is None else limit_per_uid,
+            user_of=SubordinateUids().user_of,
+            favoured=frozenset({0, os.geteuid()}),
+        )
         self._identify = identify
         self._presence = presence
         self._on_count = on_count
         self._processes: dict[str, Peer | BrokerError] = {}
         self._halves: dict[str, tuple[_Half, _Half]] = {}
-        self._names: dict[str, int] = {}  # of every connection from accept to its end: its user
-        self._of_uid: Counter[int] = Counter()
         self._turned_away = 0
-        self._logged_at = 0.0
-        self._joining: dict[asyncio.Task[None], tuple[str, socket.socket]] = {}
+        self._logged_at = float("-inf")
+        self._joining: dict[str, asyncio.Task[None]] = {}
         self._accepting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -159,7 +165,7 @@ class Splice:
     async def close(self) -> None:
         """End every connection. Twice is harmless."""
         self.stop_accepting()
-        joining = list(self._joining)
+        joining = list(self._joining.values())
         for task in joining:
             task.cancel()
         await asyncio.gather(*joining, return_exceptions=True)
@@ -191,30 +197,36 @@ class Splice:
             _log.warning("local connection failed", error=str(exc))
             connection.close()
             return
-        if len(self._names) >= self._limit:
-            connection.close()
-            self._turn_away(uid)
-            return
-        if self._of_uid[uid] >= self._limit_per_uid:
-            connection.close()
-            self._turn_away(uid)
-            return
         name = f"idb-{secrets.token_hex(16)}"
-        self._names[name] = uid
-        self._of_uid[uid] += 1
-        task = asyncio.create_task(self._join(name, connection), name="localpeer join")
-        self._joining[task] = (name, connection)
-        task.add_done_callback(self._joined)
+        verdict = self._admission.admit(name, uid)
+        if verdict.dropped is not None:
+            self._make_way(verdict.dropped)
+        if not verdict.admitted:
+            connection.close()
+        if not verdict.admitted or verdict.dropped is not None:
+            self._tell_exhausted(uid)
+        if verdict.admitted:
+            task = asyncio.create_task(self._join(name, connection), name="localpeer join")
+            self._joining[name] = task
+            task.add_done_callback(lambda task: self._joined(task, name, connection))
 
-    def _turn_away(self, uid: int) -> None:
+    def _make_way(self, name: str) -> None:
+        """End a connection, wherever it is between accept and its end."""
+        joining = self._joining.get(name)
+        if joining is not None:
+            joining.cancel()
+        for half in self._halves.get(name, ()):
+            half.abort()
+
+    def _tell_exhausted(self, uid: int) -> None:
         self._turned_away += 1
         now = asyncio.get_running_loop().time()
         if now - self._logged_at >= _LOG_PAUSE:  # whoever floods us does not flood the log
             _log.warning("local connections exhausted", uid=uid, count=self._turned_away)
             self._logged_at, self._turned_away = now, 0
 
-    def _joined(self, task: asyncio.Task[None]) -> None:
-        name, connection = self._joining.pop(task)
+    def _joined(self, task: asyncio.Task[None], name: str, connection: socket.socket) -> None:
+        del self._joining[name]
         if task.cancelled():  # perhaps before its first step
             connection.close()
             self._forget(name)
@@ -295,11 +307,7 @@ class Splice:
         self._on_count(len(self._processes))
 
     def _forget(self, name: str) -> None:
-        uid = self._names.pop(name, None)
-        if uid is not None:
-            self._of_uid[uid] -= 1
-            if not self._of_uid[uid]:
-                del self._of_uid[uid]
+        self._admission.left(name)
         self._halves.pop(name, None)
         process = self._processes.pop(name, None)
         if process is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from identity_broker.errors import BrokerError, CallerUnknown, ProcessChanged, Unauthenticated
+from identity_broker.localpeer.credentials import process_of
 from identity_broker.localpeer.door import Access, LocalDoor
 from identity_broker.localpeer.endpoint import open_endpoint
 from identity_broker.localpeer.process import LiveProcess
@@ -412,6 +413,70 @@ async def test_the_total_is_bounded_too(tmp_path: Path) -> None:
         assert turned_away == [b"", b""]
         for _, writer in open_ones:
             writer.close()
+
+
+# Connects as several users, one after the other: the kernel remembers who each of them was.
+_AS = """
+def as_user(uid, path, count):
+    made = []
+    os.seteuid(uid)
+    for _ in range(count):
+        s = socket.socket(socket.AF_UNIX); s.connect(path); made.append(s)
+    os.seteuid(0)
+    return made
+def live(made):
+    alive = 0
+    for s in made:
+        s.settimeout(2)
+        try:
+            s.sendall(b"?"); alive += s.recv(1) == b"?"
+        except OSError:
+            pass
+    return alive
+"""
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can be several users")
+async def test_users_who_hold_every_connection_make_room_for_others(tmp_path: Path) -> None:
+    tmp_path.chmod(0o711)
+    async with spliced(tmp_path, limit=40, limit_per_uid=20, identify=process_of) as door:
+        with Puppet() as puppet:
+            await do(puppet, _AS)
+            await do(puppet, f"os.chdir({str(tmp_path)!r})")
+            await do(puppet, "a = as_user(4001, 'outer', 20); b = as_user(4002, 'outer', 20)")
+            await until(lambda: door.splice.count == 40)
+            await do(puppet, "victim = as_user(3001, 'outer', 1)")
+            assert await ask(puppet, "live(victim)") == "1"
+            await do(puppet, "more = as_user(4001, 'outer', 5) + as_user(4002, 'outer', 5)")
+            assert await ask(puppet, "live(more)") in {"0", "1"}  # back to what they had, at most
+            assert await ask(puppet, "live(victim)") == "1"
+            # Each of many new users gets in, and so do root and the one who is here already.
+            await do(puppet, "crowd = [as_user(5000 + n, 'outer', 1)[0] for n in range(10)]")
+            await do(puppet, "root = as_user(0, 'outer', 3); victim += as_user(3001, 'outer', 5)")
+            assert await ask(puppet, "live(crowd)") == "10"
+            assert await ask(puppet, "live(root)") == "3"
+            assert await ask(puppet, "live(victim)") == "6"
+            assert await ask(puppet, "abs(live(a) - live(b) + live(more))") in {"0", "1", "2"}
+            assert door.splice.count == 40
+        await until(lambda: door.splice.count == 0)
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can be several users")
+async def test_a_connection_that_is_still_being_joined_can_make_room_too(tmp_path: Path) -> None:
+    tmp_path.chmod(0o711)
+    async with spliced(tmp_path, limit=8, identify=process_of) as door:
+        with Puppet() as puppet:
+            await do(puppet, _AS)
+            await do(puppet, f"os.chdir({str(tmp_path)!r})")
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            for _ in range(20):
+                # The loop is blocked meanwhile, and then finds all of them at once.
+                puppet.do("a = as_user(4001, 'outer', 8); b = as_user(4002, 'outer', 6)")
+                assert await ask(puppet, "(live(a), live(b))") == "(4, 4)"
+                await do(puppet, "a.clear(); b.clear(); made = None")
+                await do(puppet, "import gc; gc.collect()")
+                await until(lambda: door.splice.count == 0)
+            await until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
 
 
 async def test_a_door_lets_in_no_more_than_there_are_descriptors_for(tmp_path: Path) -> None:
