@@ -16,7 +16,7 @@ import pytest
 
 from identity_broker.attestors.workload import Process
 from identity_broker.attestors.workload.attestation import Attestation, Attested
-from identity_broker.attestors.workload.docker import DockerAttestor
+from identity_broker.attestors.workload.docker import DockerAttestor, _Latest
 from identity_broker.attestors.workload.engine import Engine as EngineClient
 from identity_broker.attestors.workload.plugins import build_attestors
 from identity_broker.domain.selector_syntax import SelectorSyntax
@@ -166,6 +166,86 @@ async def test_a_user_s_engine_speaks_for_that_user_s_containers_alone(
         assert f"/containers/{OTHER}/json" not in engine.asked
         own.kill()
         stranger.kill()
+
+
+async def test_a_user_s_engine_never_answers_for_root_s(socket_path: Path) -> None:
+    """Not even through what is remembered: it was asked about root's container's id before."""
+    if not ENGINES_ARE_MINE:
+        pytest.skip("only root may give an engine's socket to another user")
+    user_path = socket_path.parent / "user.sock"
+    system = f"/system.slice/docker-{ID}.scope"
+    theirs = f"/user.slice/user-4242.slice/user@4242.service/user.slice/libpod-{OTHER}.scope"
+    forged = f"/user.slice/user-4242.slice/user@4242.service/app.slice/docker-{ID}.scope"
+    wanted = {"docker": frozenset({"label", "image_digest"})}
+    with (
+        container_engine(socket_path) as root,
+        container_engine(user_path) as user,
+        Puppet() as victim,
+        Puppet() as attacker,
+        Puppet() as own,
+        in_control_group(system, victim.pid),
+        in_control_group(forged, attacker.pid),
+        in_control_group(theirs, own.pid),
+    ):
+        os.chown(user_path, 4242, 4242)
+        root.run(ID, victim.pid, Labels={"app": "harmless"})
+        user.run(ID, victim.pid, Labels={"app": "payments"})
+        user.run(OTHER, own.pid, Labels={"app": "own"})
+        user.images[IMAGE] = {"RepoDigests": [f"x@sha256:{'6' * 64}"]}
+        attestor = DockerAttestor([user_path, socket_path])
+        honest = values(await attest(DockerAttestor([socket_path]), victim.pid, wanted))
+        for _ in range(2):
+            # It fills whatever memory there is: with the container's id, and the image's.
+            assert (await attest(attestor, attacker.pid, wanted)).selectors == frozenset()
+            assert f"docker:image_digest:sha256:{'6' * 64}" in values(
+                await attest(attestor, own.pid, wanted)
+            )
+            found = values(await attest(attestor, victim.pid, wanted))
+            assert found == honest
+            assert "docker:label:app:harmless" in found
+            assert f"docker:image_digest:{REGISTRY_DIGEST}" in found
+        # An answer that did not fit the process was not kept; one that did was.
+        asked = user.asked.count(f"/containers/{ID}/json")
+        assert (asked, user.asked.count(f"/containers/{OTHER}/json")) == (2, 1)
+        # And the other way round: what root's engine said is nothing to the user's process.
+        assert (await attest(attestor, attacker.pid, wanted)).selectors == frozenset()
+        # The socket is another user's by now: what the first one's engine said is forgotten.
+        os.chown(user_path, 0, 0)
+        user.containers.clear()
+        assert values(await attest(attestor, victim.pid, wanted)) == honest
+        for puppet in (victim, attacker, own):
+            puppet.kill()
+
+
+async def test_what_an_image_is_called_is_asked_again_after_a_while(
+    engine: Engine, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attestor = DockerAttestor([socket_path])
+    with Puppet() as first, in_control_group(f"/docker/{ID}", first.pid):
+        engine.run(ID, first.pid)
+        for _ in range(2):
+            assert f"docker:image_digest:{REGISTRY_DIGEST}" in values(
+                await attest(attestor, first.pid)
+            )
+        assert engine.asked.count(f"/images/{IMAGE}/json") == 1
+        loop = asyncio.get_running_loop()
+        later = loop.time() + 301
+        monkeypatch.setattr(loop, "time", lambda: later)
+        engine.images[IMAGE] = {"RepoDigests": []}
+        with closing(LiveProcess.of_pid(first.pid)) as process:
+            found = await attestor.attest(process, wanted=frozenset({"image_digest"}))
+        assert f"image_digest:{REGISTRY_DIGEST}" not in {item.value for item in found}
+        assert engine.asked.count(f"/images/{IMAGE}/json") == 2
+        first.kill()
+
+
+def test_what_is_remembered_of_an_engine_is_bounded() -> None:
+    kept: _Latest[int] = _Latest(3)
+    for number in range(5):
+        kept.put(str(number), number)
+        kept.get("2")
+    assert len(kept) == 3
+    assert (kept.get("2"), kept.get("1"), kept.get("4")) == (2, None, 4)
 
 
 async def test_a_container_that_was_started_again_is_asked_about_again(

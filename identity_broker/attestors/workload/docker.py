@@ -6,18 +6,20 @@
 - Control groups below `user@UID.service` are the user's to name: only an engine of that user is
   asked about them, and such an engine is asked about nothing else.
 - What an engine says of a container never changes while the container's first process lives: it is
-  remembered so long.
+  remembered so long, once a process has been found to be in it. Each engine has a memory of its
+  own, which is consulted only for processes that it may speak for: no engine answers for another.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,6 +40,8 @@ from identity_broker.errors import AttestationFailed
 
 DEFAULT_SOCKETS: Final = (Path("/var/run/docker.sock"), Path("/run/podman/podman.sock"))
 _MOST_CONTAINERS: Final = 4096
+_MOST_IMAGES: Final = 1024
+_DIGESTS_HOLD_FOR: Final = 300.0  # a registry's name for an image may come and go: docker pull
 # Docker and podman, each with the cgroupfs and the systemd driver. Not "libpod-conmon-…": that is
 # podman's own watcher, outside the container.
 _GROUP: Final = re.compile(
@@ -91,6 +95,44 @@ class _Container:
     image: str
 
 
+V = TypeVar("V")
+
+
+class _Latest(Generic[V]):
+    """The most recently used of what was put into it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._found: OrderedDict[str, V] = OrderedDict()
+
+    def get(self, key: str) -> V | None:
+        if key in self._found:
+            self._found.move_to_end(key)
+        return self._found.get(key)
+
+    def put(self, key: str, value: V) -> None:
+        self._found[key] = value
+        self._found.move_to_end(key)
+        while len(self._found) > self._most:
+            self._found.popitem(last=False)
+
+    def drop(self, key: str) -> None:
+        self._found.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+class _Memory:
+    """What one engine has said, while its socket belongs to that user."""
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+        self.containers: _Latest[_Container] = _Latest(_MOST_CONTAINERS)
+        # Until when (the loop's time), and what.
+        self.digests: _Latest[tuple[float, tuple[tuple[str, str], ...]]] = _Latest(_MOST_IMAGES)
+
+
 class DockerAttestor:
     """label, env, image_id, image_digest.
 
@@ -103,8 +145,8 @@ class DockerAttestor:
 
     def __init__(self, sockets: Sequence[Path] = DEFAULT_SOCKETS) -> None:
         self._engines = tuple(Engine(socket) for socket in sockets)
-        self._known: OrderedDict[str, tuple[Engine, _Container]] = OrderedDict()
-        self._digests: OrderedDict[str, tuple[tuple[str, str], ...]] = OrderedDict()
+        # Each engine's own, and gone with its owner: what one says is never taken for another's.
+        self._memories: dict[Engine, _Memory] = {}
 
     async def attest(self, process: Process, *, wanted: frozenset[str]) -> frozenset[Selector]:
         try:
@@ -112,63 +154,69 @@ class DockerAttestor:
             named = container_ids(groups) or _named_by_mounts(process)
         except ValueError as exc:
             raise AttestationFailed("the container cannot be told", detail=str(exc)) from exc
+        failed: AttestationFailed | None = None
         for id in named:
-            found = await self._find(id, groups)
-            if found is not None and _is_inside(process, groups, found[1]):
-                return await self._selectors(*found, wanted)
+            for engine, memory in self._may_speak(groups):
+                try:
+                    container = await _ask(engine, memory, id)
+                except AttestationFailed as exc:
+                    failed = exc
+                    continue
+                if container is not None and _is_inside(process, groups, container):
+                    memory.containers.put(id, container)
+                    return await self._selectors(engine, memory, container, wanted)
+        if failed is not None:
+            raise failed
         if named:
             raise AttestationFailed(f"no container engine knows container {named[0][:12]}")
         return frozenset()
 
-    async def _find(self, id: str, groups: Mapping[str, str]) -> tuple[Engine, _Container] | None:
-        known = self._known.get(id)
-        if known is not None and _first_of(known[1].first.pid) == known[1].first:
-            self._known.move_to_end(id)
-            return known
-        self._known.pop(id, None)
+    def _may_speak(self, groups: Mapping[str, str]) -> Iterator[tuple[Engine, _Memory]]:
+        """The engines that may speak for a process in these groups; before any memory of theirs."""
         users = {user for path in groups.values() if (user := user_of(path)) is not None} or {0}
-        failed: AttestationFailed | None = None
         for engine in self._engines:
-            if engine.owner() not in users:
+            owner = engine.owner()
+            if owner is None or owner not in users:
                 continue
-            try:
-                answer = await engine.get(f"/containers/{id}/json")
-            except AttestationFailed as exc:
-                failed = exc
-                continue
-            container = None if answer is None else _container(id, answer)
-            if container is not None:
-                self._known[id] = (engine, container)
-                while len(self._known) > _MOST_CONTAINERS:
-                    self._known.popitem(last=False)
-                return engine, container
-        if failed is not None:
-            raise failed
-        return None
+            memory = self._memories.get(engine)
+            if memory is None or memory.owner != owner:
+                memory = self._memories[engine] = _Memory(owner)
+            yield engine, memory
 
     async def _selectors(
-        self, engine: Engine, container: _Container, wanted: frozenset[str]
+        self, engine: Engine, memory: _Memory, container: _Container, wanted: frozenset[str]
     ) -> frozenset[Selector]:
         facts = [fact for fact in container.facts if is_wanted(wanted, frozenset({fact[0]}))]
         if container.image and is_wanted(wanted, frozenset({"image_digest"})):
-            facts += await self._digests_of(engine, container.image)
+            facts += await _digests_of(engine, memory, container.image)
         return selectors_of(self.name, facts)
 
-    async def _digests_of(self, engine: Engine, image: str) -> tuple[tuple[str, str], ...]:
-        """What the registries that the image came from call it."""
-        known = self._digests.get(image)
-        if known is None:
-            answer = await engine.get(f"/images/{image}/json") or {}
-            digests = {
-                digest
-                for name in _texts(answer.get("RepoDigests"))
-                if (digest := _digest(name.rpartition("@")[2]))
-            }
-            known = tuple(("image_digest", digest) for digest in sorted(digests))
-            self._digests[image] = known
-            while len(self._digests) > _MOST_CONTAINERS:
-                self._digests.popitem(last=False)
-        return known
+
+async def _ask(engine: Engine, memory: _Memory, id: str) -> _Container | None:
+    known = memory.containers.get(id)
+    if known is not None:
+        if _first_of(known.first.pid) == known.first:
+            return known
+        memory.containers.drop(id)
+    answer = await engine.get(f"/containers/{id}/json")
+    return None if answer is None else _container(id, answer)
+
+
+async def _digests_of(engine: Engine, memory: _Memory, image: str) -> tuple[tuple[str, str], ...]:
+    """What the registries that the image came from call it."""
+    now = asyncio.get_running_loop().time()
+    known = memory.digests.get(image)
+    if known is not None and now < known[0]:
+        return known[1]
+    answer = await engine.get(f"/images/{image}/json") or {}
+    digests = {
+        digest
+        for name in _texts(answer.get("RepoDigests"))
+        if (digest := _digest(name.rpartition("@")[2]))
+    }
+    facts = tuple(("image_digest", digest) for digest in sorted(digests))
+    memory.digests.put(image, (now + _DIGESTS_HOLD_FOR, facts))
+    return facts
 
 
 def _named_by_mounts(process: Process) -> tuple[str, ...]:
