@@ -3,6 +3,8 @@
 - What is to be told is composed, not queued: changes that wait are joined into one message, so a
   slow node costs a bounded amount of memory and catches up in one step.
 - A node that does not acknowledge for `PATIENCE`, or lets too much wait, is let go.
+- Whatever a node says it has when it connects: until it has acknowledged the first message of this
+  stream, it counts as having applied nothing.
 - Touched by the event loop's thread alone; what is told is immutable.
 """
 
@@ -76,7 +78,7 @@ class Waiting:
     """Changes that wait for their message, composed into one.
 
     Attributes:
-        since: the position of the earliest; None when nothing waits.
+        since: the position of the earliest; None when nothing waits, 0 for a first message.
         steps: how many were composed.
     """
 
@@ -160,6 +162,8 @@ class NodeStream:
         self.parents = parents
         self.version = version
         self.waiting = Waiting()
+        # The first message makes up for all that came before, not just for the latest change.
+        self.waiting.since = 0
         self.revision = 0
         self._monotonic = monotonic
         self._under_way: deque[_Told] = deque()

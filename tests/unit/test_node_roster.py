@@ -30,8 +30,18 @@ class Seconds:
         return self.now
 
 
-def stream(node_id: object = A, **options: object) -> NodeStream:
+def fresh(node_id: object = A, **options: object) -> NodeStream:
+    """A stream that was opened and has told nothing yet."""
     return NodeStream(node_id, frozenset(), **options)  # type: ignore[arg-type]
+
+
+def stream(node_id: object = A) -> NodeStream:
+    """One whose first message was acknowledged."""
+    one = fresh(node_id)
+    one.touch(0)
+    one.take(0, 0)
+    one.acknowledge(0)
+    return one
 
 
 def told(roster: Roster, one: NodeStream, seq: int) -> None:
@@ -61,13 +71,29 @@ async def test_a_stream_that_breaks_is_waited_for_until_the_node_is_back() -> No
     await asyncio.sleep(0)
     one.end()
     roster.leave(one)
-    again = stream()
+    again = fresh()
     roster.enter(again)
     told(roster, again, 5)
     roster.progressed(again)
     await asyncio.sleep(0)
     assert not waiting.done()
     again.acknowledge(5)
+    roster.progressed(again)
+    assert (await waiting).applied == (A,)
+
+
+async def test_a_node_that_came_back_has_applied_nothing_before_it_says_so() -> None:
+    roster = Roster()
+    again = fresh()
+    roster.enter(again)
+    assert (await roster.applied(10, (), SHORTLY)).pending == (A,)
+    again.touch(11)  # as of the feed's position when it connected
+    assert (await roster.applied(10, (), SHORTLY)).pending == (A,)
+    again.take(11, 0)
+    assert (await roster.applied(10, (), SHORTLY)).pending == (A,)
+    waiting = asyncio.create_task(roster.applied(10, (), LONG))
+    await asyncio.sleep(0)
+    again.acknowledge(11)
     roster.progressed(again)
     assert (await waiting).applied == (A,)
 
@@ -130,7 +156,7 @@ async def test_the_count_is_of_nodes_and_the_newest_stream_speaks() -> None:
 
 def test_messages_are_acknowledged_in_order_and_each_is_timed() -> None:
     clock = Seconds()
-    one = stream(monotonic=clock)
+    one = fresh(monotonic=clock)
     for seq in (1, 2, 2, 3):
         one.take(seq, 0)
         clock.now += 1
