@@ -34,6 +34,8 @@ INSIST_SECONDS: Final = 60.0
 """How long a broker must hold on to an older state before it is believed."""
 
 
+# Planned endings that no longer count are cleared away when they are more than the entries.
+_SPARE_EXPIRIES: Final = 64
 _BEGINNING: Final = datetime.min.replace(tzinfo=UTC)
 _END: Final = datetime.max.replace(tzinfo=UTC)
 
@@ -211,6 +213,7 @@ class Mirror:
                 if entry.expires_at is not None and now < entry.expires_at <= self._looked_at:
                     changes.append(EntryChange(None, entry))
                     self._expect(entry)
+            self._clear_expiries()
         self._looked_at = now
         while self._expiries and self._expiries[0][0] <= now:
             _, entry_id, revision = heapq.heappop(self._expiries)
@@ -272,6 +275,7 @@ class Mirror:
             if old != entry:
                 changes.append(EntryChange(old, entry))
                 self._expect(entry)
+        self._clear_expiries()
         return self._settle(update, tuple(changes), bundle)
 
     def _settle(
@@ -295,6 +299,17 @@ class Mirror:
     def _expect(self, entry: SyncedEntry) -> None:
         if entry.expires_at is not None:
             heapq.heappush(self._expiries, (entry.expires_at, entry.id, entry.revision))
+
+    def _clear_expiries(self) -> None:
+        """Drop the planned endings of entries that went or changed, once they are many."""
+        if len(self._expiries) <= 2 * len(self._index) + _SPARE_EXPIRIES:
+            return
+        self._expiries = [planned for planned in set(self._expiries) if self._is_planned(*planned)]
+        heapq.heapify(self._expiries)
+
+    def _is_planned(self, at: datetime, entry_id: str, revision: int) -> bool:
+        entry = self._index.get(entry_id)
+        return entry is not None and (entry.expires_at, entry.revision) == (at, revision)
 
     def _bundle_from(self, synced: SyncedBundle | None) -> TrustBundle | None:
         if synced is None:

@@ -388,6 +388,38 @@ def test_entries_end_by_the_clock_and_revocations_are_forgotten_with_their_crede
     assert not mirror.is_revoked("ff")
 
 
+@pytest.mark.parametrize("clock_flaps", [False, True])
+def test_an_entry_that_is_changed_again_and_again_leaves_no_trail(*, clock_flaps: bool) -> None:
+    broker, mirror = Broker(), Mirror(DOMAIN)
+    ends_at = NOW + timedelta(days=365)
+    broker.entries = {
+        f"e{number}": SyncedEntry(f"e{number}", 1, "spiffe://example.org/a", (), expires_at=ends_at)
+        for number in range(10)
+    }
+    mirror.apply(broker.full(), tick=0.0)
+    entry = broker.entries["e0"]
+    for revision in range(2, 2_000):
+        before, entry = entry, replace(entry, revision=revision)
+        broker.entries["e0"] = entry
+        mirror.apply(
+            update(
+                broker.revision + revision,
+                mirror.revision,
+                entries=(entry,),
+                entries_digest=digest_of([*broker.entries.values()]),
+            ),
+            tick=0.0,
+        )
+        assert mirror.entry("e0", NOW) == entry != before
+        if clock_flaps:
+            mirror.expire(ends_at)
+            assert len(mirror.expire(NOW).entries) == 10
+        assert len(mirror._expiries) <= 2 * 10 + 64 + 1
+    gone = mirror.expire(ends_at).entries
+    assert sorted(change.entry_id for change in gone) == sorted(broker.entries)
+    assert mirror.expire(ends_at) == mirror.expire(ends_at + timedelta(1))
+
+
 def test_withdrawing_leaves_nothing_and_asks_for_everything() -> None:
     broker, mirror = Broker(), Mirror(DOMAIN)
     entry = SyncedEntry("e", 1, "spiffe://example.org/e", ("unix:uid:0",))
