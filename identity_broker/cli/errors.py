@@ -41,6 +41,12 @@ class FileUnusable(BrokerError):
     sentence = "a file cannot be used"
 
 
+class DirectoryExposed(FileUnusable):
+    """Another user than root could change what is written to a directory."""
+
+    reason = "DIRECTORY_EXPOSED"
+
+
 class FileMalformed(FileUnusable):
     """A file was read and does not hold what it should."""
 

@@ -8,15 +8,22 @@
   any moment leaves the old generation or the new one.
 - The generation before stays until `discard_old`, for a reader that is just walking the path.
 - One process writes to a directory: it holds a lock on it.
+- Whoever owns or may write to the directory could take the key, or lead root's hand elsewhere. So
+  it must be the writer's own or root's, and nobody else's to write to; a symbolic link on the way
+  to it as well. From then on everything is done by descriptors: no path is walked twice.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
+import stat
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +32,15 @@ from typing import TYPE_CHECKING, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from identity_broker.cli.errors import FileUnusable
+from identity_broker.cli.errors import DirectoryExposed, FileUnusable
 
 if TYPE_CHECKING:
     from identity_client.credential import IdentitySnapshot
 
 _CURRENT = ".current"
 _GENERATION = ".generation-"
+_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_LINKS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +87,27 @@ class SvidFolder:
     """A directory that holds one identity's files; locked for as long as the block lasts.
 
     Raises:
+        DirectoryExposed: another user owns it, may write to it, or leads there by a link.
         FileUnusable: it cannot be made or opened, or another process writes there.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._lock = _opened(directory)
         except OSError as exc:
             raise _unusable(directory, "made", exc) from exc
         try:
+            self._check()
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             os.close(self._lock)
             raise FileUnusable(
                 f'another process writes to "{directory}"', hint="name another --write directory"
             ) from exc
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -111,19 +124,22 @@ class SvidFolder:
         """Put `files` in place of all that were written before; return their paths by name.
 
         Raises:
+            DirectoryExposed: the directory has become another user's to write to.
             FileUnusable: something could not be written; the files before are still in place.
         """
         try:
-            generation = Path(tempfile.mkdtemp(prefix=_GENERATION, dir=self._directory))
+            self._check()
+            generation = f"{_GENERATION}{secrets.token_hex(8)}"
+            os.mkdir(generation, 0o700, dir_fd=self._lock)
             try:
-                _fill(generation, files)
+                self._fill(generation, files)
             except BaseException:
-                shutil.rmtree(generation, ignore_errors=True)
+                shutil.rmtree(generation, ignore_errors=True, dir_fd=self._lock)
                 raise
             # Names that are new point nowhere until the next line, those that stay at the old.
             for name in files:
-                _link(self._directory / name, f"{_CURRENT}/{name}")
-            _link(self._directory / _CURRENT, generation.name)
+                self._link(name, f"{_CURRENT}/{name}")
+            self._link(_CURRENT, generation)
             os.fsync(self._lock)
             self._drop_links(keep=files)
         except OSError as exc:
@@ -132,44 +148,131 @@ class SvidFolder:
 
     def discard_old(self) -> None:
         """Remove the generations before: nobody reads them any more."""
-        current = (self._directory / _CURRENT).readlink().name
-        for path in self._directory.glob(f"{_GENERATION}*"):
-            if path.name != current:
-                shutil.rmtree(path, ignore_errors=True)
+        current = self._target(_CURRENT)
+        for name in self._names():
+            if name.startswith(_GENERATION) and name != current:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=self._lock)
+
+    def _names(self) -> list[str]:
+        with os.scandir(self._lock) as found:
+            return [one.name for one in found]
+
+    def _check(self) -> None:
+        found = os.fstat(self._lock)
+        if found.st_uid not in _trusted():
+            raise DirectoryExposed(
+                f'"{self._directory}" belongs to another user, uid {found.st_uid}',
+                hint="run this as that user, or name a directory of your own",
+            )
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise DirectoryExposed(
+                f'other users may write to "{self._directory}" '
+                f"(mode {stat.S_IMODE(found.st_mode):o})",
+                hint="take it from them (chmod go-w), or name a new directory, which is made for "
+                "you alone",
+            )
+
+    def _fill(self, generation: str, files: Mapping[str, SvidFile]) -> None:
+        directory = os.open(generation, _DIRECTORY | os.O_RDONLY, dir_fd=self._lock)
+        try:
+            made = os.fstat(directory)
+            if made.st_uid != os.geteuid():
+                raise PermissionError(None, "somebody put another directory in its place")
+            for name, file in files.items():
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(name, flags, file.mode, dir_fd=directory)
+                with os.fdopen(descriptor, "wb") as out:
+                    os.fchmod(descriptor, file.mode)  # Whatever the umask says.
+                    out.write(file.content)
+                    out.flush()
+                    os.fsync(descriptor)
+            # Who may look is for the folder itself to say.
+            os.fchmod(directory, 0o755)
+            os.fsync(directory)
+            named = os.stat(generation, dir_fd=self._lock, follow_symlinks=False)
+            if not os.path.samestat(made, named):
+                raise PermissionError(None, "somebody put another directory in its place")
+        finally:
+            os.close(directory)
 
     def _drop_links(self, *, keep: Mapping[str, SvidFile]) -> None:
-        for path in self._directory.iterdir():
-            ours = path.is_symlink() and path.readlink() == Path(_CURRENT, path.name)
-            if ours and path.name not in keep:
-                path.unlink()
+        for name in self._names():
+            if name not in keep and self._target(name) == f"{_CURRENT}/{name}":
+                os.unlink(name, dir_fd=self._lock)
+
+    def _link(self, name: str, target: str) -> None:
+        """Make `name` a symbolic link to `target`, in one step, whatever it was."""
+        if self._target(name) == target:
+            return
+        temporary = f".{name.lstrip('.')}.new"
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=self._lock)
+        os.symlink(target, temporary, dir_fd=self._lock)
+        os.replace(temporary, name, src_dir_fd=self._lock, dst_dir_fd=self._lock)
+
+    def _target(self, name: str) -> str | None:
+        """Where a symbolic link leads; None for what is none."""
+        try:
+            return os.readlink(name, dir_fd=self._lock)
+        except OSError:
+            return None
 
 
-def _fill(directory: Path, files: Mapping[str, SvidFile]) -> None:
-    for name, file in files.items():
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(directory / name, flags, file.mode)
-        with os.fdopen(descriptor, "wb") as out:
-            os.fchmod(descriptor, file.mode)  # Whatever the umask says.
-            out.write(file.content)
-            out.flush()
-            os.fsync(descriptor)
-    # Who may look is for the folder itself to say.
-    directory.chmod(0o755)
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _opened(path: Path) -> int:
+    """A descriptor of a directory, made with mode 0700 if there is none.
+
+    Raises:
+        DirectoryExposed: a symbolic link on the way is another user's.
+        OSError: the way cannot be gone.
+    """
+    steps = deque(path.parts)
+    here = os.open(steps.popleft() if path.is_absolute() else ".", os.O_PATH | _DIRECTORY)
+    links = 0
     try:
-        os.fsync(descriptor)
+        while steps:
+            step = steps.popleft()
+            found = _step(here, step, 0o777 if steps else 0o700)
+            try:
+                seen = os.fstat(found)
+                if not stat.S_ISLNK(seen.st_mode):
+                    here, found = found, here
+                    continue
+                links += 1
+                if seen.st_uid not in _trusted():
+                    raise DirectoryExposed(
+                        f'on the way to "{path}", "{step}" is a symbolic link of another user, '
+                        f"uid {seen.st_uid}",
+                        hint="name the directory that it leads to",
+                    )
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                target = Path(os.readlink("", dir_fd=found))
+                steps.extendleft(reversed(target.parts))
+            finally:
+                os.close(found)
+            if target.is_absolute():
+                start = os.open(steps.popleft(), os.O_PATH | _DIRECTORY)
+                os.close(here)
+                here = start
+        return os.open(".", os.O_RDONLY | _DIRECTORY, dir_fd=here)
     finally:
-        os.close(descriptor)
+        os.close(here)
 
 
-def _link(path: Path, target: str) -> None:
-    """Make `path` a symbolic link to `target`, in one step, whatever it was."""
-    if path.is_symlink() and path.readlink() == Path(target):
-        return
-    temporary = path.with_name(f".{path.name.lstrip('.')}.new")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(path)
+def _step(here: int, name: str, mode: int) -> int:
+    """A descriptor of what has that name, be it a link; a directory is made if there is nothing."""
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=here)
+    except FileNotFoundError:
+        with suppress(FileExistsError):
+            os.mkdir(name, mode, dir_fd=here)
+        return os.open(name, flags, dir_fd=here)
+
+
+def _trusted() -> frozenset[int]:
+    """Whose directories may be written to."""
+    return frozenset({0, os.geteuid()})
 
 
 def _unusable(directory: Path, what: str, error: OSError) -> FileUnusable:
