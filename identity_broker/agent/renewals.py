@@ -3,14 +3,14 @@
 - What is wanted within a tick of a few milliseconds is one call to the broker.
 - Nothing is adopted that was not checked (`orders.check_issued`).
 - While the broker is away one order is tried now and then, not every one at its own pace.
-- Keys that take long to make have a lane of their own and hold up nobody else.
+- Keys that take long to make have a lane of their own and hold up nobody else. It takes one at a
+  time, the most urgent there is by then: who waits has at most one of them before it.
 - No failure ends it, and an SVID that is still valid outlives all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Final
@@ -33,7 +33,6 @@ _log = get_logger("renewals")
 _GATHER_SECONDS: Final = 0.002
 _BATCH: Final = 250  # half of what a call may hold: an urgent order never waits long behind one
 _FLIGHTS: Final = 3
-_SLOW_BATCH: Final = 4
 _BREATH: Final = 4  # keys made or chains checked, a few milliseconds, before others get a turn
 _LONGEST_SLEEP: Final = 1.0  # the wall clock may jump
 _AWAY: Final = (BrokerUnavailable, IdentityNotReady)
@@ -73,7 +72,6 @@ class Renewals:
         self._on_change = on_change
         self._woken = woken
         self._flights: set[asyncio.Task[None]] = set()
-        self._slow: deque[_Order] = deque()
         self._slow_lane: asyncio.Task[None] | None = None
         self._outages = 0
         self._not_before = 0.0
@@ -126,27 +124,45 @@ class Renewals:
     def _depart(self) -> None:
         """Take a batch, and let it fly."""
         now = self._clock.now()
-        batch: list[_Order] = []
-        for key in self._svids.take(now=now, tick=monotonic(), limit=_BATCH):
+        slow = False
+
+        def is_slow(key: SvidKey) -> bool:
+            nonlocal slow
             entry = self._mirror.entry(key.entry_id, now)
-            if entry is None:
-                self._svids.discard(key)
-            elif entry.key_algorithm == KeyAlgorithm.RSA_2048.value:
-                self._slow.append((key, entry))
-            else:
-                batch.append((key, entry))
+            if entry is None or entry.key_algorithm != KeyAlgorithm.RSA_2048.value:
+                return False
+            slow = True
+            return True
+
+        taken = self._svids.take(now=now, tick=monotonic(), limit=_BATCH, aside=is_slow)
+        batch = [order for key in taken if (order := self._order_of(key)) is not None]
         if batch:
             flight = asyncio.create_task(self._fly(batch), name="renewals flight")
             self._flights.add(flight)
             flight.add_done_callback(self._flights.discard)
-        if self._slow and (self._slow_lane is None or self._slow_lane.done()):
+        if slow and (self._slow_lane is None or self._slow_lane.done()):
             self._slow_lane = asyncio.create_task(self._fly_slowly(), name="renewals slow lane")
 
     async def _fly_slowly(self) -> None:
-        while self._slow:
-            await self._fly(
-                [self._slow.popleft() for _ in range(min(_SLOW_BATCH, len(self._slow)))]
-            )
+        while True:
+            pause = self._not_before - monotonic()
+            if pause > 0:
+                await asyncio.sleep(min(pause, _LONGEST_SLEEP))
+                continue
+            key = self._svids.take_aside()
+            if key is None:
+                return
+            order = self._order_of(key)
+            if order is not None:
+                await self._fly([order])
+
+    def _order_of(self, key: SvidKey) -> _Order | None:
+        """The order for a key that was taken; None, and nothing to do, if its entry is gone."""
+        entry = self._mirror.entry(key.entry_id, self._clock.now())
+        if entry is None:
+            self._svids.discard(key)
+            return None
+        return key, entry
 
     async def _fly(self, batch: Sequence[_Order]) -> None:
         try:

@@ -5,12 +5,14 @@
   machine that slept puts a renewal off.
 - A key that was taken is in flight until it has landed; wanting it meanwhile changes nothing,
   redoing it orders it once more when it has landed.
+- What is to go another way than the rest is put aside, still by urgency: it is not in flight, and
+  whoever wants it more meanwhile moves it forward.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
@@ -43,6 +45,7 @@ class Schedule(Generic[_K]):
         self._plans: dict[_K, _Plan] = {}
         self._flying: dict[_K, Rank | None] = {}
         self._ready: list[tuple[int, float, int, _K]] = []
+        self._aside: list[tuple[int, float, int, _K]] = []
         self._by_tick: list[tuple[float, int, _K]] = []
         self._by_wall: list[tuple[datetime, int, _K]] = []
         self._version = 0
@@ -99,18 +102,41 @@ class Schedule(Generic[_K]):
         self._plans.pop(key, None)
         self._flying.pop(key, None)
 
-    def take(self, *, now: datetime, tick: float, limit: int) -> list[_K]:
-        """The most urgent keys that are due, at most `limit`; in flight from now on."""
+    def take(
+        self,
+        *,
+        now: datetime,
+        tick: float,
+        limit: int,
+        aside: Callable[[_K], bool] = lambda _key: False,
+    ) -> list[_K]:
+        """The most urgent keys that are due, at most `limit`; in flight from now on.
+
+        Args:
+            aside: whether a key is left for `take_aside`.
+        """
         self._ripen(now, tick)
         taken: list[_K] = []
         while self._ready and len(taken) < limit:
-            _, _, version, key = heapq.heappop(self._ready)
-            plan = self._plans.get(key)
-            if plan is not None and plan.version == version:
-                del self._plans[key]
-                self._flying[key] = None
+            item = heapq.heappop(self._ready)
+            *_, version, key = item
+            if not self._is_current(key, version):
+                continue
+            if aside(key):
+                heapq.heappush(self._aside, item)
+            else:
+                self._depart(key)
                 taken.append(key)
         return taken
+
+    def take_aside(self) -> _K | None:
+        """The most urgent key that was put aside; in flight from now on."""
+        while self._aside:
+            *_, version, key = heapq.heappop(self._aside)
+            if self._is_current(key, version):
+                self._depart(key)
+                return key
+        return None
 
     def land(self, key: _K) -> bool:
         """Note that an order has been answered.
@@ -126,7 +152,7 @@ class Schedule(Generic[_K]):
         return True
 
     def pause(self, *, now: datetime, tick: float) -> float | None:
-        """Seconds until something is due; None when nothing is planned."""
+        """Seconds until something is due; None when nothing is planned but what is aside."""
         self._ripen(now, tick)
         while self._ready and not self._is_current(self._ready[0][3], self._ready[0][2]):
             heapq.heappop(self._ready)
@@ -138,6 +164,10 @@ class Schedule(Generic[_K]):
         if self._by_wall:
             dues.append((self._by_wall[0][0] - now).total_seconds())
         return max(min(dues), 0.0) if dues else None
+
+    def _depart(self, key: _K) -> None:
+        del self._plans[key]
+        self._flying[key] = None
 
     def _ripen(self, now: datetime, tick: float) -> None:
         """Make ready what is due; drop what was planned anew."""

@@ -252,15 +252,28 @@ class Svids:
 
     # --- orders -------------------------------------------------------------------------------
 
-    def take(self, *, now: datetime, tick: float, limit: int) -> list[SvidKey]:
-        """What to order now, most urgent first; each is to be adopted or failed."""
-        taken = []
-        for key in self._schedule.take(now=now, tick=tick, limit=limit):
-            if key in self._held and not self._is_kept(key):
-                self._drop(key)
-            else:
-                taken.append(key)
-        return taken
+    def take(
+        self,
+        *,
+        now: datetime,
+        tick: float,
+        limit: int,
+        aside: Callable[[SvidKey], bool] = lambda _key: False,
+    ) -> list[SvidKey]:
+        """What to order now, most urgent first; each is to be adopted or failed.
+
+        Args:
+            aside: whether a key is left for `take_aside`.
+        """
+        found = self._schedule.take(now=now, tick=tick, limit=limit, aside=aside)
+        return [key for key in found if self._is_still_due(key)]
+
+    def take_aside(self) -> SvidKey | None:
+        """The most urgent of what `take` has left; None when there is nothing."""
+        while (key := self._schedule.take_aside()) is not None:
+            if self._is_still_due(key):
+                return key
+        return None
 
     def pause(self, *, now: datetime, tick: float) -> float | None:
         """Seconds until there is something to order; None: until somebody asks."""
@@ -325,6 +338,13 @@ class Svids:
         self._drop(key)
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _is_still_due(self, key: SvidKey) -> bool:
+        """Whether it is worth an order; else it is let go."""
+        if key in self._held and not self._is_kept(key):
+            self._drop(key)
+            return False
+        return True
 
     def _is_kept(self, key: SvidKey) -> bool:
         return key in self._pins or (self._prefetches and not key.instance)

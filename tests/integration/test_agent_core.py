@@ -19,7 +19,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
-from identity_api.broker.v1 import entry_pb2, entry_pb2_grpc, node_pb2, node_pb2_grpc, types_pb2
+from identity_api.broker.v1 import (
+    credential_pb2,
+    entry_pb2,
+    entry_pb2_grpc,
+    node_pb2,
+    node_pb2_grpc,
+    types_pb2,
+)
 from identity_ca.keys import spki_der
 from identity_ca.serial import serial_hex
 from identity_client._wire.workload import (
@@ -242,6 +249,31 @@ async def test_keys_that_take_long_hold_up_nobody(
     await agent.until(lambda: agent.agent.report().x509_svids == 13, 30)
 
 
+async def test_keys_that_take_long_and_nobody_waits_for_hold_up_nobody_who_waits_for_one(
+    agent: RunningAgent, broker: RunningBroker
+) -> None:
+    stub = await broker.stub(entry_pb2_grpc.EntryStub)
+    many = [
+        types_pb2.RegistrationEntry(
+            parent_id=agent.node_id,
+            spiffe_id=f"spiffe://example.org/rsa-{number}",
+            selectors=SOMEBODY,
+            key_algorithm="rsa-2048",
+        )
+        for number in range(300)
+    ]
+    for start in (0, 150):
+        request = entry_pb2.BatchCreateEntryRequest(entries=many[start : start + 150])
+        assert not any(each.status.reason for each in (await stub.BatchCreate(request)).results)
+    await in_mirror(agent, 300)
+    await entry(broker, "/web", key_algorithm="rsa-2048")
+    await in_mirror(agent, 301)
+    started = monotonic()
+    assert paths(await agent.fetch_x509()) == ["/web"]
+    assert monotonic() - started < 5
+    assert agent.agent.report().x509_svids < 150  # the others were still to be made
+
+
 async def test_svids_are_there_before_anybody_asks(
     agent: RunningAgent, broker: RunningBroker
 ) -> None:
@@ -386,6 +418,67 @@ async def test_each_process_has_its_own_svid_and_loses_it_alone(
         await line(third)
     # Nobody renews the SVID of a process that has ended.
     assert not agent.agent._svids._pins
+
+
+async def rotated(agent: RunningAgent, broker: RunningBroker, call: Any, entry_id: str) -> str:
+    """Have the entry's SVIDs made anew; return the new serial of the caller's."""
+    entries = await broker.stub(entry_pb2_grpc.EntryStub)
+    found = (await entries.Get(entry_pb2.GetEntryRequest(id=entry_id))).entry
+    before = {each.id for each in await broker.ledger()}
+    await change(broker, found, x509_ttl_seconds=(found.x509_ttl_seconds or 1800) + 60)
+    while True:
+        (serial,) = serials(await read(call))
+        if serial not in before:
+            return serial
+
+
+async def test_an_earlier_serial_revoked_ends_the_process_and_a_restart_does_not_bring_it_back(
+    broker: RunningBroker, open_directory: Path
+) -> None:
+    data = {"data_dir": str(open_directory / "data")}
+    async with running_agent(broker, open_directory / "agent", agent=data) as agent:
+        each = await entry(broker, "/each", per_process=True)
+        await in_mirror(agent, 1)
+        call = agent.x509_stream()
+        (first,) = serials(await read(call))
+        second = await rotated(agent, broker, call, each.id)
+        states = {row.id: row.state for row in await broker.ledger()}
+        assert first != second
+        await broker.revoke(id=first)
+        ended = await refused(call)
+        assert ended.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert states[first] != credential_pb2.CREDENTIAL_STATE_REVOKED
+        assert reason_of(await refused(agent.x509_stream())) == "NO_IDENTITY"
+        settings = agent.settings
+    async with running_agent(broker, open_directory / "agent", settings=settings) as again:
+        await in_mirror(again, 1)
+        assert reason_of(await refused(again.x509_stream())) == "NO_IDENTITY"
+        async with process(again) as other:  # another process of the same user is not meant
+            assert (await line(other))["ids"]
+        # Nor is this one on another machine.
+        async with running_agent(broker, open_directory / "b", name="twin") as twin:
+            await broker.entry("/each", "twin", selectors=ME, per_process=True)
+            await in_mirror(twin, 1)
+            assert paths(await twin.fetch_x509()) == ["/each"]
+
+
+@pytest.mark.parametrize("keep_entries", [False, True])
+async def test_an_identity_revoked_denies_no_process_for_good(
+    agent: RunningAgent, broker: RunningBroker, *, keep_entries: bool
+) -> None:
+    each = await entry(broker, "/each", per_process=True)
+    await in_mirror(agent, 1)
+    call = agent.x509_stream()
+    (first,) = serials(await read(call))
+    await broker.revoke(spiffe_id=each.spiffe_id, keep_entries=keep_entries)
+    if keep_entries:
+        assert serials(await read(call)) != [first]
+        return
+    assert reason_of(await refused(call)) == "NO_IDENTITY"
+    each.disabled = True
+    await change(broker, each, disabled=False)
+    await in_mirror(agent, 1)
+    assert serials(await agent.fetch_x509()) != [first]
 
 
 # --- a node that is not wanted ------------------------------------------------------------------

@@ -498,6 +498,23 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert all(rank >= max(given_ranks, default=rank) for rank in self.ready.values())
         self.flying |= dict.fromkeys(taken)
 
+    @rule(left=st.sets(keys))
+    def take_all_in_two_ways(self, left: set[str]) -> None:
+        self.ripen()
+        taken = self.schedule.take(
+            now=self.now, tick=self.tick, limit=100, aside=lambda key: key in left
+        )
+        assert {*taken} == self.ready.keys() - left
+        aside = []
+        while (key := self.schedule.take_aside()) is not None:
+            aside.append(key)
+        assert len(aside) == len(self.ready) - len(taken)
+        assert {*aside} == self.ready.keys() & left
+        for found in (taken, aside):
+            given_ranks = [self.ready.pop(key) for key in found]
+            assert given_ranks == sorted(given_ranks)
+            self.flying |= dict.fromkeys(found)
+
     @rule(key=keys)
     def land(self, key: str) -> None:
         assert self.schedule.land(key) == (key in self.flying)
@@ -535,6 +552,23 @@ class ScheduleMachine(RuleBasedStateMachine):
 _STORY = settings(max_examples=80, stateful_step_count=40)
 TestSchedule = ScheduleMachine.TestCase
 TestSchedule.settings = _STORY
+
+
+def test_what_is_aside_is_taken_by_urgency_as_of_then() -> None:
+    schedule: Schedule[str] = Schedule()
+    for key in "abcd":
+        schedule.want(key, Rank.PREFETCH)
+    assert schedule.take(now=NOW, tick=0.0, limit=1, aside=lambda key: key != "d") == ["d"]
+    assert schedule.pause(now=NOW, tick=0.0) is None
+    assert schedule.is_pending("a")
+    assert not schedule.is_flying("a")
+    assert schedule.take_aside() == "a"
+    schedule.want("c", Rank.WAITED)
+    schedule.want("e", Rank.RENEW)
+    schedule.forget("b")
+    assert schedule.pause(now=NOW, tick=0.0) == 0.0
+    assert schedule.take(now=NOW, tick=0.0, limit=9, aside=lambda _key: True) == []
+    assert [schedule.take_aside() for _ in range(3)] == ["c", "e", None]
 
 
 # --- the SVIDs at hand --------------------------------------------------------------------------
@@ -650,10 +684,18 @@ class SvidsMachine(RuleBasedStateMachine):
         serial = data.draw(st.sampled_from(sorted(self.serials)))
         for key in self.svids.revoke([serial]):
             assert self.serials[serial] == key
-            if key.instance:
-                self.denied.add(key)
+            if key.instance and key not in self.pins:
                 self.flying.discard(key)
         self.revoked.add(serial)
+
+    @rule(entry_id=entry_ids, instance=st.sampled_from(["", "1", "2"]))
+    def deny(self, entry_id: str, instance: str) -> None:
+        """Whether it holds an SVID, waits for one, or was never heard of."""
+        key = SvidKey(entry_id, instance)
+        news = {key} - self.denied if instance else set()
+        assert self.svids.deny([key]) == news
+        self.denied |= news
+        self.flying -= news
 
     @rule(anchors=st.sampled_from([{b"root"}, {b"root", b"other"}, {b"other"}]))
     def trust(self, anchors: set[bytes]) -> None:
