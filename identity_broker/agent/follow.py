@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from identity_broker.agent.identities import Identities, is_over
 from identity_broker.agent.mirror import Changed, Mirror, Mismatch, OutOfStep
 from identity_broker.agent.renewals import Renewals, all_entries
-from identity_broker.agent.svids import Svids
+from identity_broker.agent.svids import SvidKey, Svids
 from identity_broker.agent.tokens import Tokens
 from identity_broker.domain.clock import Clock
 from identity_broker.telemetry.logs import get_logger
@@ -179,7 +179,10 @@ class Follower:
             tokens.trust(key.key_id for key in bundle.jwt_keys)
         if changed.revoked:
             revoked = [each.id for each in changed.revoked]
-            lost = svids.revoke(revoked)
+            lost = svids.deny(
+                SvidKey(each.entry_id, each.instance) for each in changed.revoked if each.instance
+            )
+            lost |= svids.revoke(revoked)
             tokens.revoke(revoked)
             if lost:
                 _log.warning("svids revoked", kind="x509", count=len(lost))

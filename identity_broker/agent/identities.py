@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from types import MappingProxyType
@@ -52,6 +53,8 @@ _FIRST_SECONDS: Final = 10.0  # how long a caller waits for its first state
 _ATTEST_AGAIN_SECONDS: Final = 5.0  # after an attestor failed
 _MOST_AUDIENCES: Final = 32
 _MOST_AUDIENCE_BYTES: Final = 512
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_DIGITS: Final = 8
 _SYNC_SECONDS: Final = 1.0  # how long a caller waits for the broker's first word
 # The broker tells of no other trust domain's bundle yet.
 _NO_FEDERATION: Final[Mapping[str, TrustBundle]] = MappingProxyType({})
@@ -86,17 +89,27 @@ class Attests(Protocol):
 
 
 def instance_of(process: Process) -> str:
-    """How one process is told apart in the ledger: no two of a machine's uptime share it."""
-    return f"pid:{process.pid} start:{process.start_time}"
+    """How one process is told apart in the ledger, from those of earlier boots as well."""
+    return f"pid:{process.pid} start:{process.start_time} boot:{_boot()}"
 
 
 def is_over(instance: str) -> bool:
     """Whether the process that `instance_of` named has ended."""
-    pid, start = (part.partition(":")[2] for part in instance.split())
     try:
-        return parse_stat(Path("/proc", pid, "stat").read_bytes()).start_time != int(start)
+        pid, start, boot = (part.partition(":")[2] for part in instance.split())
+        stat = parse_stat(Path("/proc", str(int(pid)), "stat").read_bytes())
+        return stat.start_time != int(start) or boot != _boot()
     except (OSError, ValueError):
         return True
+
+
+@cache
+def _boot() -> str:
+    """The first digits of this boot's random id: what the ledger remembers outlives a boot."""
+    try:
+        return _BOOT_ID.read_text("ascii")[:_BOOT_DIGITS]
+    except OSError:
+        return "unknown"
 
 
 @dataclass(eq=False, slots=True)

@@ -6,8 +6,8 @@
 - While all entries fit, their SVIDs are made before anybody asks.
 - An SVID is used only while it is valid, not revoked, below an authority of the bundle and of the
   SPIFFE ID that its entry has now.
-- An instance whose SVID was revoked gets no other one (`denied`); a shared SVID is made anew, for
-  another key.
+- A revoked SVID is made anew, for another key; an instance that is denied gets no other one,
+  whichever of its serials was the one revoked.
 - Certificates that many chains share are held once.
 """
 
@@ -221,15 +221,23 @@ class Svids:
             if key is None:
                 continue
             found.add(key)
-            if key.instance:
-                self._deny(key)
+            if key.instance and key not in self._pins:
+                self._drop(key)  # it is made when its process asks
             else:
                 self._let_go(key)
                 self._schedule.redo(key, Rank.REPLACE)
         return found
 
+    def deny(self, keys: Iterable[SvidKey]) -> set[SvidKey]:
+        """Give these instances no SVID any more; return those that were not denied before."""
+        denied = {key for key in keys if key.instance} - self._denied
+        for key in denied:
+            self._drop(key)
+        self._denied |= denied
+        return denied
+
     def is_denied(self, key: SvidKey) -> bool:
-        """Whether that process lost its SVID for good."""
+        """Whether that process is to have no SVID of the entry any more."""
         return key in self._denied
 
     def forgive(self, is_over: Callable[[str], bool]) -> None:
@@ -378,10 +386,6 @@ class Svids:
         while self._idle and len(self._held) > self._limit:
             key = next(iter(self._idle))
             self._drop(key)
-
-    def _deny(self, key: SvidKey) -> None:
-        self._drop(key)
-        self._denied.add(key)
 
     def _let_go(self, key: SvidKey) -> None:
         held = self._held.pop(key, None)

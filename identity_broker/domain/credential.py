@@ -103,7 +103,11 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """A credential that is not to be trusted though it has not expired."""
+    """A credential that is not to be trusted though it has not expired.
+
+    `entry_id`, `node_id` and `instance` are the intent's. `singled_out`: revoked by its own id, not
+    with all of an identity or a node, so that the instance itself is not to get another one.
+    """
 
     id: str
     kind: CredentialKind
@@ -113,6 +117,17 @@ class Revocation:
     reason: RevocationReason
     comment: str = ""
     authority_id: str = ""
+    entry_id: str = ""
+    node_id: SpiffeId | None = None
+    instance: str = ""
+    singled_out: bool = False
+
+    def denied_to(self, node_id: SpiffeId) -> str:
+        """The instance that this node may give no other SVID of the entry; empty for none.
+
+        Instances are the words of the node they run on: to another one they mean nothing.
+        """
+        return self.instance if self.singled_out and self.node_id == node_id else ""
 
 
 @dataclass(frozen=True, slots=True)

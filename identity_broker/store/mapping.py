@@ -336,6 +336,10 @@ REVOCATION_COLUMNS = (
     tables.credentials.c.reason,
     tables.credentials.c.comment,
     tables.credentials.c.authority_id,
+    tables.credentials.c.entry_id,
+    tables.credentials.c.node_id,
+    tables.credentials.c.instance,
+    tables.credentials.c.singled_out,
 )
 
 
@@ -350,6 +354,10 @@ def revocation_from_row(row: Any) -> Revocation:
         reason=RevocationReason(row.reason),
         comment=row.comment,
         authority_id=row.authority_id,
+        entry_id=row.entry_id,
+        node_id=None if row.node_id is None else _spiffe_id(row.node_id),
+        instance=row.instance,
+        singled_out=bool(row.singled_out),
     )
 
 

@@ -184,7 +184,10 @@ class JoinTokenRow(Row, table=True):
 
 
 class CredentialRow(Row, table=True):
-    """The ledger: one row for every credential the broker set out to issue."""
+    """The ledger: one row for every credential the broker set out to issue.
+
+    `singled_out` says that it was revoked by its own id, not with an identity or a node.
+    """
 
     __tablename__ = "credentials"
     __table_args__ = (
@@ -260,6 +263,9 @@ class CredentialRow(Row, table=True):
     comment: str = Field(sa_type=Text, nullable=False)
     instance: str = Field(
         default="", sa_type=Text, nullable=False, sa_column_kwargs={"server_default": text("''")}
+    )
+    singled_out: bool = Field(
+        default=False, nullable=False, sa_column_kwargs={"server_default": false()}
     )
 
 

@@ -233,6 +233,33 @@ async def test_a_node_is_revoked_with_all_that_was_issued_through_it(store: Stor
     assert {revocation.id for revocation in result.revoked} == {through.id, own.id}
 
 
+async def test_a_revocation_says_whose_it_is_and_whether_it_was_singled_out(store: Store) -> None:
+    one, other = intent(instance="pid:1"), intent(instance="pid:2")
+    node_s = intent(spiffe_id=OTHER, instance="pid:3")
+    await issue(store, one, other, node_s)
+    await revoke(store, one.id)
+    await store.write(
+        lambda r: r.credentials.revoke(
+            spiffe_id=API, reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
+        )
+    )
+    await store.write(
+        lambda r: r.credentials.revoke(
+            node_id=PARENT, reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
+        )
+    )
+    listed = await store.read(lambda r: r.credentials.revoked_unexpired(NOW))
+    found = {revocation.id: revocation for revocation in listed}
+    assert found[one.id].singled_out
+    assert (found[one.id].entry_id, found[one.id].instance) == (one.entry_id, "pid:1")
+    assert found[one.id].denied_to(PARENT) == "pid:1"
+    # A process of the same number on another machine is another process.
+    assert found[one.id].denied_to(OTHER) == ""
+    for whole in (other, node_s):
+        assert not found[whole.id].singled_out
+        assert found[whole.id].denied_to(PARENT) == ""
+
+
 async def test_revoking_nothing_named_revokes_nothing(store: Store) -> None:
     await issue(store, intent())
     assert await revoke(store) == (0, 0)

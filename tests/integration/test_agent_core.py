@@ -475,7 +475,7 @@ async def test_an_identity_revoked_denies_no_process_for_good(
         assert serials(await read(call)) != [first]
         return
     assert reason_of(await refused(call)) == "NO_IDENTITY"
-    each.disabled = True
+    each.revision += 1  # it was disabled
     await change(broker, each, disabled=False)
     await in_mirror(agent, 1)
     assert serials(await agent.fetch_x509()) != [first]

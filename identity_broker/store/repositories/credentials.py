@@ -105,7 +105,7 @@ class CredentialRepository:
         """Revoke what may still be valid among the credentials named; may be repeated.
 
         Args:
-            ids: serials and jtis; unknown ones are passed over.
+            ids: serials and jtis, each singled out; unknown ones are passed over.
             spiffe_id: all credentials of that identity.
             node_id: all credentials issued to that node and through it.
             reason: RFC 5280, section 5.3.1.
@@ -115,7 +115,9 @@ class CredentialRepository:
         moment = to_micros(now)
         revoked: list[Revocation] = []
         already = 0
-        for named in _named(ids, spiffe_id, node_id):
+        wholes = [(named, False) for named in _wholes(spiffe_id, node_id)]
+        singles = [(named, True) for named in _singles(ids)]
+        for named, singled_out in wholes + singles:
             unexpired = [named, credentials.c.not_after > moment]
             already += int(
                 self._connection.execute(
@@ -132,6 +134,7 @@ class CredentialRepository:
                     revoked_at=moment,
                     reason=int(reason),
                     comment=comment,
+                    singled_out=singled_out,
                 )
                 .returning(*REVOCATION_COLUMNS)
             )
@@ -143,7 +146,7 @@ class CredentialRepository:
         """The revocations among those serials and jtis, expired or not."""
         return [
             revocation_from_row(row)
-            for named in _named(ids, None, None)
+            for named in _singles(ids)
             for row in self._connection.execute(
                 select(*REVOCATION_COLUMNS).where(
                     named, credentials.c.state == CredentialState.REVOKED.value
@@ -227,19 +230,20 @@ class CredentialRepository:
         return numbers
 
 
-def _named(
-    ids: Collection[str], spiffe_id: SpiffeId | None, node_id: SpiffeId | None
-) -> list[ColumnElement[bool]]:
-    """Conditions that together select what is named: whole identities, ids in chunks."""
+def _wholes(spiffe_id: SpiffeId | None, node_id: SpiffeId | None) -> list[ColumnElement[bool]]:
+    """The condition, if any, that selects all of an identity or of a node."""
     wholes: list[ColumnElement[bool]] = []
     if spiffe_id is not None:
         wholes.append(credentials.c.spiffe_id == str(spiffe_id))
     if node_id is not None:
         wholes.append(credentials.c.node_id == str(node_id))
-    named = [or_(false(), *wholes)] if wholes else []
+    return [or_(false(), *wholes)] if wholes else []
+
+
+def _singles(ids: Collection[str]) -> list[ColumnElement[bool]]:
+    """Conditions that together select these ids, in chunks."""
     wanted = sorted(set(ids))
-    named.extend(
+    return [
         credentials.c.id.in_(wanted[start : start + _CHUNK])
         for start in range(0, len(wanted), _CHUNK)
-    )
-    return named
+    ]

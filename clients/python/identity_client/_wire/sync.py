@@ -201,6 +201,8 @@ def _revocation(message: credential_pb2.Revocation) -> SyncedRevocation:
         spiffe_id=message.spiffe_id,
         expires_at=time_from_wire(message.expires_at),
         revoked_at=time_from_wire(message.revoked_at),
+        entry_id=message.entry_id if message.instance else "",
+        instance=message.instance if message.entry_id else "",
     )
 
 

@@ -200,6 +200,8 @@ class SyncedRevocation:
 
     Attributes:
         id: serial number or jti, as in the broker's ledger.
+        entry_id, instance: the instance of the workload that is to get no other SVID of that
+            entry, because one of its own was revoked by serial number; empty where it may.
     """
 
     id: str
@@ -207,6 +209,8 @@ class SyncedRevocation:
     spiffe_id: str
     expires_at: datetime
     revoked_at: datetime
+    entry_id: str = ""
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from identity_broker.server.rpc.convert.scalars import (
 )
 from identity_ca.issuer import X509Credential
 from identity_ca.jwt import JwtCredential
+from identity_ca.spiffe_id import SpiffeId
 
 _KINDS = {
     CredentialKind.X509: credential_pb2.CREDENTIAL_KIND_X509,
@@ -133,8 +134,11 @@ def from_credential_filter(request: credential_pb2.ListCredentialsRequest) -> Cr
     )
 
 
-def to_revocation(revocation: Revocation) -> credential_pb2.Revocation:
-    """A revocation's message."""
+def to_revocation(
+    revocation: Revocation, node_id: SpiffeId | None = None
+) -> credential_pb2.Revocation:
+    """A revocation's message; to a node, with the instance that it is to deny."""
+    instance = "" if node_id is None else revocation.denied_to(node_id)
     return credential_pb2.Revocation(
         id=revocation.id,
         kind=_KINDS[revocation.kind],
@@ -142,4 +146,6 @@ def to_revocation(revocation: Revocation) -> credential_pb2.Revocation:
         revoked_at=to_epoch(revocation.revoked_at),
         expires_at=to_epoch(revocation.expires_at),
         reason=to_reason(revocation.reason),
+        entry_id=revocation.entry_id if instance else "",
+        instance=instance,
     )

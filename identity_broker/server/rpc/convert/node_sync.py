@@ -51,9 +51,9 @@ class EntryMessages:
 
 
 def to_sync_responses(
-    news: News, entries: EntryMessages, spread: timedelta, now: datetime
+    news: News, node_id: SpiffeId, entries: EntryMessages, spread: timedelta, now: datetime
 ) -> Iterator[pb.SyncResponse]:
-    """The messages that tell `news`; at least one."""
+    """The messages that tell `news` to that node; at least one."""
     pieces = _Pieces(news, spread, now)
     if news.bundle is not None:
         yield from pieces.room(bundle := to_bundle(news.bundle))
@@ -71,7 +71,7 @@ def to_sync_responses(
         yield from pieces.room(message, entries=1)
         pieces.message.changed.append(message)
     for revocation in news.revocations:
-        told = to_revocation(revocation)
+        told = to_revocation(revocation, node_id)
         yield from pieces.room(told, revocations=1)
         pieces.message.revocations.append(told)
     pieces.message.complete = True

@@ -70,7 +70,7 @@ class NodeSyncService:
                 if news.full:
                     self._full.inc()
                 for message in convert.to_sync_responses(
-                    news, self._entries, self._roster.spread, self._clock.now()
+                    news, stream.node_id, self._entries, self._roster.spread, self._clock.now()
                 ):
                     yield message
                     stream.moved()

@@ -217,8 +217,11 @@ class ExplainProcessResponse(_message.Message):
     PROBLEMS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     EXECUTABLE_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     executable: _builtins.str
     """Required."""
+    hidden: _builtins.int
+    """Optional. Entries of this node that are left out, because the caller is another user."""
     @_builtins.property
     def selectors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. The process's selectors, "type:value", sorted."""
@@ -229,7 +232,10 @@ class ExplainProcessResponse(_message.Message):
 
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainProcessResponse.EntryMatch]:
-        """Required; may be empty. Every entry of this node, matching ones first."""
+        """Required; may be empty. Matching entries first. Of the others, root and the agent's own user are
+        told every one; another user those it comes near: all that the process misses is
+        of type systemd, or unix:path or unix:sha256, and it has at least one selector of them.
+        """
 
     def __init__(
         self,
@@ -238,10 +244,11 @@ class ExplainProcessResponse(_message.Message):
         problems: _abc.Iterable[_builtins.str] | None = ...,
         entries: _abc.Iterable[Global___ExplainProcessResponse.EntryMatch] | None = ...,
         executable: _builtins.str = ...,
+        hidden: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "executable", b"executable", "problems", b"problems", "selectors", b"selectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "executable", b"executable", "hidden", b"hidden", "problems", b"problems", "selectors", b"selectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,7 +59,7 @@ class AgentServicer:
 
     def ExplainProcess(self, request, context):
         """Says which selectors a process has, which entries it matches and which selector each of the
-        others misses.
+        others misses; to other users than root and the agent's own, not of every entry.
         Callers: root, the agent's own user, and the user the process runs as. Retry: safe.
         Reasons: METHOD_DENIED (also for a process that does not exist), MALFORMED_REQUEST,
         PROCESS_CHANGED, AGENT_NOT_READY.

@@ -37,7 +37,7 @@ class AgentStub:
     """
     ExplainProcess: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ExplainProcessRequest, _agent_pb2.ExplainProcessResponse]
     """Says which selectors a process has, which entries it matches and which selector each of the
-    others misses.
+    others misses; to other users than root and the agent's own, not of every entry.
     Callers: root, the agent's own user, and the user the process runs as. Retry: safe.
     Reasons: METHOD_DENIED (also for a process that does not exist), MALFORMED_REQUEST,
     PROCESS_CHANGED, AGENT_NOT_READY.
@@ -52,7 +52,7 @@ class AgentAsyncStub(AgentStub):
     """
     ExplainProcess: _aio.UnaryUnaryMultiCallable[_agent_pb2.ExplainProcessRequest, _agent_pb2.ExplainProcessResponse]  # type: ignore[assignment]
     """Says which selectors a process has, which entries it matches and which selector each of the
-    others misses.
+    others misses; to other users than root and the agent's own, not of every entry.
     Callers: root, the agent's own user, and the user the process runs as. Retry: safe.
     Reasons: METHOD_DENIED (also for a process that does not exist), MALFORMED_REQUEST,
     PROCESS_CHANGED, AGENT_NOT_READY.
@@ -76,7 +76,7 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ExplainProcessResponse, _abc.Awaitable[_agent_pb2.ExplainProcessResponse]]:
         """Says which selectors a process has, which entries it matches and which selector each of the
-        others misses.
+        others misses; to other users than root and the agent's own, not of every entry.
         Callers: root, the agent's own user, and the user the process runs as. Retry: safe.
         Reasons: METHOD_DENIED (also for a process that does not exist), MALFORMED_REQUEST,
         PROCESS_CHANGED, AGENT_NOT_READY.

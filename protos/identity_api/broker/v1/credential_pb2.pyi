@@ -398,6 +398,8 @@ class Revocation(_message.Message):
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    ENTRY_ID_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Required. Serial number or jti."""
     kind: Global___CredentialKind.ValueType
@@ -410,6 +412,12 @@ class Revocation(_message.Message):
     """Required. When the credential would have expired: the denial may be forgotten then."""
     reason: Global___RevocationReason.ValueType
     """Required."""
+    entry_id: _builtins.str
+    """Optional. Set by NodeSync alone, together with `instance`: the entry it was issued for."""
+    instance: _builtins.str
+    """Optional. Set by NodeSync alone, and only for the node that ordered it: the instance that is to
+    get no other SVID of the entry, because an SVID of its own was revoked by serial number.
+    """
     def __init__(
         self,
         *,
@@ -419,10 +427,12 @@ class Revocation(_message.Message):
         revoked_at: _builtins.int = ...,
         expires_at: _builtins.int = ...,
         reason: Global___RevocationReason.ValueType = ...,
+        entry_id: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "id", b"id", "kind", b"kind", "reason", b"reason", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "expires_at", b"expires_at", "id", b"id", "instance", b"instance", "kind", b"kind", "reason", b"reason", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
