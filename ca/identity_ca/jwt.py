@@ -52,6 +52,7 @@ __all__ = [
     "JwtIssuer",
     "PreparedJwt",
     "VerifiedJwt",
+    "check_audiences",
     "verify_jwt_svid",
 ]
 
@@ -255,7 +256,7 @@ class JwtIssuer:
                 detail=f"{self.authority_id} ends at {self.not_after.isoformat()}",
                 hint="idb authority list",
             )
-        checked = _check_audiences(audiences)
+        checked = check_audiences(audiences, spiffe_id)
         issued_at = int(now.timestamp())
         expires_at = min(issued_at + int(ttl.total_seconds()), int(self.not_after.timestamp()))
         jti = new_jti(now)
@@ -268,10 +269,7 @@ class JwtIssuer:
         }
         signing_input = f"{self._header}.{_encode_json(claims)}".encode("ascii")
         if len(signing_input) + 1 + _MAX_SIGNATURE_CHARS > MAX_TOKEN_BYTES:
-            raise AudienceInvalid(
-                f"the audiences make the token longer than {MAX_TOKEN_BYTES} bytes",
-                hint="ask for one token per audience",
-            )
+            raise _too_long()
         return PreparedJwt(
             _MAKER,
             jti=jti,
@@ -316,7 +314,15 @@ class JwtIssuer:
         )
 
 
-def _check_audiences(audiences: Sequence[str]) -> tuple[str, ...]:
+def check_audiences(audiences: Sequence[str], spiffe_id: SpiffeId) -> tuple[str, ...]:
+    """The audiences without repetitions, if a token of that identity can be for them.
+
+    Whether a token is too long is known to the byte when it is made; what passes here may still be
+    by as much as its header is long.
+
+    Raises:
+        AudienceInvalid: not 1 to 32 audiences of 1 to 512 bytes, or too long together.
+    """
     if isinstance(audiences, str):
         raise AudienceInvalid("the audiences are a list, not one string")
     if not 1 <= len(audiences) <= MAX_AUDIENCES:
@@ -333,7 +339,18 @@ def _check_audiences(audiences: Sequence[str]) -> tuple[str, ...]:
             raise AudienceInvalid(f"an audience is 1 to {MAX_AUDIENCE_BYTES} bytes long")
         if not audience.isprintable():
             raise AudienceInvalid("an audience holds an unprintable character")
-    return tuple(dict.fromkeys(audiences))
+    checked = tuple(dict.fromkeys(audiences))
+    least = len(_encode_json({"sub": str(spiffe_id), "aud": checked})) + _MAX_SIGNATURE_CHARS
+    if least > MAX_TOKEN_BYTES:
+        raise _too_long()
+    return checked
+
+
+def _too_long() -> AudienceInvalid:
+    return AudienceInvalid(
+        f"the audiences make the token longer than {MAX_TOKEN_BYTES} bytes",
+        hint="ask for one token per audience",
+    )
 
 
 def _encode_json(members: Mapping[str, Any]) -> str:

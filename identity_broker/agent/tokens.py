@@ -1,8 +1,11 @@
 """JWT-SVIDs by identity and audiences: from memory until half of their life, then made anew.
 
 - However many ask for the same token, the broker is asked once.
-- While the broker does not answer, a token is handed out for as long as it is valid; what the
-  broker refuses is not.
+- While the broker does not answer, a token is handed out for as long as it is valid, and nobody
+  waits long for a better one; what the broker refuses is not handed out.
+- A token ordered before its entry changed is not held.
+- What the broker is bound to refuse is not ordered; what it refused is not ordered again for a
+  second, and a line of the log says so now and then.
 - A token is dropped when it is revoked, when its key leaves the bundle and when its entry goes.
 - The order of the audiences does not matter. Bounded: the least recently used goes first.
 """
@@ -20,12 +23,15 @@ from typing import Final
 from identity_broker.agent.identity import JwtIdentity
 from identity_broker.agent.mirror import EntryChange, Mirror
 from identity_broker.agent.node import Node
+from identity_broker.domain.buckets import Buckets
 from identity_broker.domain.clock import Clock
 from identity_broker.errors import AgentNotReady, AudienceInvalid, BrokerError, NoIdentity
 from identity_broker.telemetry.logs import get_logger
 from identity_broker.telemetry.metrics import AgentMetrics
 from identity_ca.errors import CAError
-from identity_ca.jwt import verify_jwt_svid
+from identity_ca.jwt import check_audiences, verify_jwt_svid
+from identity_ca.spiffe_id import SpiffeId
+from identity_client.clock import roll
 from identity_client.errors import (
     IdentityError,
     NotPermitted,
@@ -33,12 +39,19 @@ from identity_client.errors import (
     RequestRejected,
 )
 from identity_client.node.values import IssuedJwt, JwtRequest, SyncedEntry
-from identity_client.renewal import renewal_due
+from identity_client.renewal import renewal_due, retry_delay
 
 _log = get_logger("tokens")
 
 # A token that ends before it could be used is none.
 _MIN_LEFT: Final = timedelta(seconds=2)
+_BETTER_SECONDS: Final = 0.2  # how long an order may take while there is a valid token
+_LOST_SECONDS: Final = 2.0  # how long it may take while the broker's stream is broken
+_LONGEST_HOLD: Final = timedelta(seconds=5)  # between orders for what is valid yet
+_REFUSED_SECONDS: Final = 1.0
+_MOST_REFUSED: Final = 1024
+_LOG_SECONDS: Final = 10.0  # between two lines about the same entry and reason
+_NOT_AUTHORIZED: Final = "ENTRY_NOT_AUTHORIZED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,10 @@ class TokenCache:
         self._tokens.move_to_end(key)
         return held
 
+    def remove(self, key: TokenKey) -> None:
+        """Hold none for that."""
+        self._tokens.pop(key, None)
+
     def put(self, key: TokenKey, token: HeldToken) -> None:
         """Hold a token."""
         self._tokens[key] = token
@@ -106,18 +123,80 @@ class TokenCache:
             del self._tokens[key]
 
 
-class Tokens:
-    """The JWT-SVIDs of one agent. Belongs to one event loop."""
+class _Refusals:
+    """What the broker refused a moment ago; bounded, the earliest goes first."""
 
-    def __init__(
-        self, *, node: Node, mirror: Mirror, clock: Clock, metrics: AgentMetrics, limit: int
+    def __init__(self) -> None:
+        self._errors: OrderedDict[TokenKey, tuple[float, NotPermitted | RequestRejected]]
+        self._errors = OrderedDict()
+
+    def get(self, key: TokenKey, tick: float) -> NotPermitted | RequestRejected | None:
+        """Why an order like that was refused within the last second."""
+        for place in (key, TokenKey(key.entry_id, frozenset())):
+            until, error = self._errors.get(place, (tick, None))
+            if error is not None and tick < until:
+                return error
+        return None
+
+    def put(self, key: TokenKey, error: NotPermitted | RequestRejected, tick: float) -> None:
+        """It was refused; whatever the audiences, if it is the entry that was."""
+        if error.reason == _NOT_AUTHORIZED:
+            key = TokenKey(key.entry_id, frozenset())
+        self._errors[key] = tick + _REFUSED_SECONDS, error
+        self._errors.move_to_end(key)
+        while len(self._errors) > _MOST_REFUSED:
+            self._errors.popitem(last=False)
+
+    def clear(self) -> None:
+        """Ask again, whatever was refused."""
+        self._errors.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """An order under way."""
+
+    task: asyncio.Task[HeldToken]
+    since: float
+
+    async def wait(self, seconds: float | None) -> bool:
+        """Wait until it has landed, or has taken so long; return whether it has landed.
+
+        It flies on: one caller giving up must not take the answer from the others.
+        """
+        left = None if seconds is None else max(self.since + seconds - monotonic(), 0.0)
+        await asyncio.wait({self.task}, timeout=left)
+        return self.task.done()
+
+
+class Tokens:
+    """The JWT-SVIDs of one agent. Belongs to one event loop.
+
+    Args:
+        is_connected: whether the broker's stream stands.
+    """
+
+    def __init__(  # what it joins
+        self,
+        *,
+        node: Node,
+        mirror: Mirror,
+        clock: Clock,
+        metrics: AgentMetrics,
+        limit: int,
+        is_connected: Callable[[], bool] = lambda: True,
     ) -> None:
         self._node = node
         self._mirror = mirror
         self._clock = clock
         self._metrics = metrics
         self._cache = TokenCache(limit)
-        self._flights: dict[tuple[TokenKey, str], asyncio.Task[HeldToken]] = {}
+        self._is_connected = is_connected
+        self._flights: dict[tuple[TokenKey, str, int], _Flight] = {}
+        self._failed = 0
+        self._not_before = 0.0
+        self._refusals = _Refusals()
+        self._log_budget: Buckets[tuple[str, str]] = Buckets(_MOST_REFUSED)
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -130,16 +209,26 @@ class Tokens:
             AgentNotReady: none can be had, and none that is valid is at hand.
         """
         key = TokenKey(entry.id, frozenset(audiences))
-        held = self._cache.get(key, entry.spiffe_id)
+        held = self._valid(key, entry)
+        if held is None:
+            held = await self._answer(self._flight(key, entry), key, entry)
+        elif not held.is_fresh(self._clock.now(), monotonic()):
+            held = await self._better(key, entry, held)
+        return _identity(entry, held)
+
+    def fresh(self, entry: SyncedEntry, audiences: Iterable[str]) -> JwtIdentity | None:
+        """A token for an entry, if one is at hand that need not be replaced."""
+        held = self._cache.get(TokenKey(entry.id, frozenset(audiences)), entry.spiffe_id)
         if held is None or not held.is_fresh(self._clock.now(), monotonic()):
-            held = await self._renewed(key, entry)
-        return JwtIdentity(entry.spiffe_id, entry.hint, held.token, held.expires_at)
+            return None
+        return _identity(entry, held)
 
     def follow(self, changes: Iterable[EntryChange]) -> None:
         """Drop the tokens of entries that are gone or changed."""
         changed = {change.entry_id for change in changes}
         if changed:
             self._cache.drop(lambda key, _: key.entry_id in changed)
+            self._refusals.clear()
 
     def revoke(self, ids: Iterable[str]) -> None:
         """Drop the tokens of these ids."""
@@ -160,30 +249,43 @@ class Tokens:
     def clear(self) -> None:
         """Drop every token."""
         self._cache.drop(lambda _key, _held: True)
+        self._refusals.clear()
 
     async def close(self) -> None:
         """End the calls under way."""
-        flights = tuple(self._flights.values())
+        flights = tuple(flight.task for flight in self._flights.values())
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
 
     # --- inside -------------------------------------------------------------------------------
 
-    async def _renewed(self, key: TokenKey, entry: SyncedEntry) -> HeldToken:
-        flight = self._flights.get((key, entry.spiffe_id))
-        if flight is None:
-            flight = asyncio.create_task(self._order(key, entry), name="jwt order")
-            self._flights[key, entry.spiffe_id] = flight
-            flight.add_done_callback(lambda done: self._land((key, entry.spiffe_id), done))
+    def _valid(self, key: TokenKey, entry: SyncedEntry) -> HeldToken | None:
+        held = self._cache.get(key, entry.spiffe_id)
+        return held if held is not None and held.is_valid(self._clock.now(), monotonic()) else None
+
+    async def _better(self, key: TokenKey, entry: SyncedEntry, held: HeldToken) -> HeldToken:
+        """A new token if it comes soon, otherwise what is held."""
+        is_held_back = monotonic() < self._not_before
+        if is_held_back and (key, entry.spiffe_id, entry.revision) not in self._flights:
+            return held
+        flight = self._flight(key, entry)
+        if not await flight.wait(_BETTER_SECONDS):
+            still = self._valid(key, entry)  # it may have been revoked meanwhile
+            if still is not None:
+                return still
+        return await self._answer(flight, key, entry)
+
+    async def _answer(self, flight: _Flight, key: TokenKey, entry: SyncedEntry) -> HeldToken:
+        if not await flight.wait(None if self._is_connected() else _LOST_SECONDS):
+            raise AgentNotReady("the broker cannot be reached for a JWT-SVID", retry_after=1.0)
         try:
-            # Shielded: one caller giving up must not take the answer from the others.
-            return await asyncio.shield(flight)
+            return flight.task.result()
         except (NotPermitted, RequestRejected) as error:
             raise _refusal(error) from error
         except IdentityError as error:
-            held = self._cache.get(key, entry.spiffe_id)
-            if held is not None and held.is_valid(self._clock.now(), monotonic()):
+            held = self._valid(key, entry)
+            if held is not None:
                 return held
             raise AgentNotReady(
                 "no JWT-SVID can be had from the broker now",
@@ -191,7 +293,25 @@ class Tokens:
                 retry_after=error.retry_after,
             ) from error
 
-    def _land(self, place: tuple[TokenKey, str], flight: asyncio.Task[HeldToken]) -> None:
+    def _flight(self, key: TokenKey, entry: SyncedEntry) -> _Flight:
+        """The order that is under way, or a new one.
+
+        Raises:
+            BrokerError: the broker would refuse it.
+        """
+        place = (key, entry.spiffe_id, entry.revision)
+        flight = self._flights.get(place)
+        if flight is None:
+            refused = self._refusals.get(key, monotonic())
+            if refused is not None:
+                raise _refusal(refused)
+            _check_audiences(key, entry)
+            task = asyncio.create_task(self._order(key, entry), name="jwt order")
+            flight = self._flights[place] = _Flight(task, monotonic())
+            task.add_done_callback(lambda done: self._land(place, done))
+        return flight
+
+    def _land(self, place: tuple[TokenKey, str, int], flight: asyncio.Task[HeldToken]) -> None:
         self._flights.pop(place, None)
         if not flight.cancelled():
             flight.exception()  # Seen: whoever waited has it; nobody may have waited that long.
@@ -204,18 +324,43 @@ class Tokens:
                 raise answer
             held = self._checked(answer, entry, key)
         except IdentityError as error:
-            self._metrics.agent_refused_total.labels("jwt", error.reason).inc()
+            self._note(key, error)
+            raise
+        self._metrics.agent_issued_total.labels("jwt").inc()
+        self._failed = 0
+        self._not_before = 0.0
+        now_is = self._mirror.entry(entry.id, self._clock.now())
+        if now_is is not None and now_is.revision == entry.revision:
+            self._cache.put(key, held)
+        return held
+
+    def _note(self, key: TokenKey, error: IdentityError) -> None:
+        """Say that a token could not be had: any process may have it fail as often as it likes."""
+        tick = monotonic()
+        self._metrics.agent_refused_total.labels("jwt", error.reason).inc()
+        if isinstance(error, NotPermitted | RequestRejected):
+            self._refusals.put(key, error, tick)
+            self._cache.remove(key)
+        else:
+            self._hold_back(error, tick)
+        line = (key.entry_id, error.reason)
+        if not self._log_budget.take(line, _LOG_SECONDS, _LOG_SECONDS, tick):
             _log.warning(
                 "svid refused",
                 kind="jwt",
-                entry_id=entry.id,
+                entry_id=key.entry_id,
                 reason=error.reason,
                 detail=error.message,
             )
-            raise
-        self._metrics.agent_issued_total.labels("jwt").inc()
-        self._cache.put(key, held)
-        return held
+
+    def _hold_back(self, error: IdentityError, tick: float) -> None:
+        """Order nothing for a while for those who have something valid."""
+        if tick >= self._not_before:  # the others of one outage count once
+            self._failed += 1
+            delay = retry_delay(
+                self._failed, dice=roll(), retry_after=error.retry_after, cap=_LONGEST_HOLD
+            )
+            self._not_before = tick + delay.total_seconds()
 
     def _checked(self, answer: IssuedJwt, entry: SyncedEntry, key: TokenKey) -> HeldToken:
         """The token, once it is known to be what was ordered.
@@ -250,9 +395,25 @@ class Tokens:
         )
 
 
+def _identity(entry: SyncedEntry, held: HeldToken) -> JwtIdentity:
+    return JwtIdentity(entry.spiffe_id, entry.hint, held.token, held.expires_at)
+
+
+def _check_audiences(key: TokenKey, entry: SyncedEntry) -> None:
+    """Find out whether the broker can issue such a token at all.
+
+    Raises:
+        AudienceInvalid: it cannot.
+    """
+    try:
+        check_audiences(tuple(key.audiences), SpiffeId.parse(entry.spiffe_id))
+    except CAError as exc:
+        raise AudienceInvalid(exc.message, hint=exc.hint) from exc
+
+
 def _refusal(error: NotPermitted | RequestRejected) -> BrokerError:
     if error.reason == AudienceInvalid.reason:
         return AudienceInvalid()
-    if error.reason == "ENTRY_NOT_AUTHORIZED":
+    if error.reason == _NOT_AUTHORIZED:
         return NoIdentity()
     return AgentNotReady("the broker refuses to issue a JWT-SVID", detail=str(error))
