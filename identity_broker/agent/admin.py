@@ -1,7 +1,8 @@
 """The agent's own socket: how it is doing, and why a process gets what it gets.
 
 - Anybody may connect; the kernel says who it is, and each method who may call it.
-- `ExplainProcess` says nothing about a process to another user, not even whether it exists.
+- `ExplainProcess` says nothing about a process to another user, not even whether it exists; and to
+  the process's own user nothing of entries that are not nearly its own: a selector may be a secret.
 - No secret leaves by it: serial numbers at most.
 """
 
@@ -39,6 +40,8 @@ from identity_client.node.values import SyncedEntry
 
 SERVICE_NAME: Final = agent_pb2.DESCRIPTOR.services_by_name["Agent"].full_name
 _ROOT: Final = 0
+# What a process's own user may be told that an entry asks for.
+_OPEN_FACTS: Final = ("unix:path:", "unix:sha256:", "systemd:")
 _HEALTH: Final = {
     Health.OK: agent_pb2.HEALTH_OK,
     Health.DEGRADED: agent_pb2.HEALTH_DEGRADED,
@@ -154,11 +157,19 @@ class AgentAdmin:
             if not self._mirror.synced:
                 raise AgentNotReady("the agent has not heard from its broker yet")
             attested = await self._explains.explain(process)
+            selectors = frozenset(map(str, attested.selectors))
+            entries = list(self._matches(process, selectors))
+            shown = [
+                entry
+                for entry in entries
+                if caller.uid in _owners() or entry.matches or self._is_near(entry)
+            ]
             answer = agent_pb2.ExplainProcessResponse(
-                selectors=sorted(map(str, attested.selectors)),
+                selectors=sorted(selectors),
                 problems=attested.problems,
-                entries=self._matches(process, frozenset(map(str, attested.selectors))),
+                entries=shown,
                 executable=_executable(process),
+                hidden=len(entries) - len(shown),
             )
             process.check()
             return answer
@@ -181,6 +192,15 @@ class AgentAdmin:
             yield agent_pb2.ExplainProcessResponse.EntryMatch(
                 entry_id=other.id, spiffe_id=other.spiffe_id, matches=False, missing=missing
             )
+
+    def _is_near(self, match: agent_pb2.ExplainProcessResponse.EntryMatch) -> bool:
+        """Whether nothing but the program or the unit differs: its user may know why."""
+        entry = self._mirror.entry(match.entry_id, self._clock.now())
+        return (
+            entry is not None
+            and len(match.missing) < len(entry.selectors)
+            and all(each.startswith(_OPEN_FACTS) for each in match.missing)
+        )
 
     def _match(
         self, process: LiveProcess, entry: SyncedEntry, now: datetime

@@ -51,7 +51,8 @@ def explain(
     """Say why a node or a process would or would not get an identity.
 
     About a node, every rule is shown in the order the broker checks it. About a process, its
-    selectors are shown, which entries they match, and which selector each of the others misses.
+    selectors are shown, which entries they match, and which selector each of the others misses;
+    who is neither root nor the agent's user is told of those that nearly match alone.
     Exit code 0: it would get it from at least one entry; 3: it would not.
     """
     if (node_id is None) == (pid is None):
@@ -101,10 +102,16 @@ def _explain_process(invocation: Invocation, subject: str | None, pid: int) -> N
             f"process {pid} would get no identity"
             if subject is None
             else f"process {pid} would not get {subject}",
-            hint="a cross marks a selector that the process does not have"
-            if entries
-            else "this node has no such entry: idb entry list shows them all",
+            hint=_hint(entries, found.hidden),
         )
+
+
+def _hint(entries: Sequence[EntryMatch], hidden: int) -> str:
+    if entries:
+        return "a cross marks a selector that the process does not have"
+    if hidden:
+        return f"{hidden} entries of this node are shown to root and the agent's own user alone"
+    return "this node has no such entry: idb entry list shows them all"
 
 
 def _is_about(entry: EntryMatch, subject: str) -> bool:
@@ -121,6 +128,9 @@ def _render_process(pid: int, found: ProcessExplanation, entries: Sequence[Entry
     lines += [f"  {paint(clean(problem), Style.BAD)}" for problem in found.problems]
     for each in entries:
         lines += ["", *_entry_lines(each)]
+    if found.hidden:
+        left_out = f"{found.hidden} more entries are shown to root and the agent's own user alone"
+        lines += ["", paint(left_out, Style.DIM)]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,55 @@ async def test_a_stranger_is_told_nothing_of_others_and_all_of_its_own(machine: 
     assert "unix:uid:12345" in told[own.pid]["selectors"]
     assert told[machine.pid] == told[gone.pid]
     assert told[machine.pid]["end"] == "PERMISSION_DENIED"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start processes of other users")
+async def test_a_user_is_not_told_what_others_entries_ask_for(machine: Machine) -> None:
+    own = subprocess.Popen(["/bin/sleep", "60"], user=12345, group=12345, extra_groups=[])
+    theirs = "unix:uid:12345"
+    try:
+        mine = await machine.register("/mine", theirs)
+        program = await machine.register("/program", theirs, "unix:path:/usr/bin/orders")
+        unit = await machine.register("/unit", theirs, "systemd:id:orders.service")
+        hidden = [
+            await machine.register("/secret", theirs, "docker:env:PASSWORD=hunter2"),
+            await machine.register("/both", theirs, "unix:path:/a", "docker:env:TOKEN=x"),
+            await machine.register("/other", MINE),
+            await machine.register("/path", "unix:path:/usr/bin/billing"),
+        ]
+        socket = str(machine.agent.admin_socket)
+        async with probe(socket, "explain", str(own.pid), uid=12345) as process:
+            told = json.loads(await line_of(process))
+        assert told["entries"] == {
+            mine: [],
+            program: ["unix:path:/usr/bin/orders"],
+            unit: ["systemd:id:orders.service"],
+        }
+        assert told["hidden"] == len(hidden)
+        asked = (*("explain", "--pid", str(own.pid)), *("--socket", socket))
+        shown = await asyncio.to_thread(run_idb_as, 12345, *asked)
+        assert "4 more entries are shown to root and the agent's own user alone" in shown
+        assert "PASSWORD" not in shown
+        # Root is told everything.
+        document = (await machine.explain("-o", "json", pid=own.pid)).json
+        assert {each["entry_id"] for each in document["entries"]} == {mine, program, unit, *hidden}
+        assert document["hidden"] == 0
+    finally:
+        own.kill()
+        own.wait()
+
+
+AS_ANOTHER = """
+import contextlib, io, os, sys
+from identity_broker.cli.main import run
+with contextlib.redirect_stdout(io.StringIO()):
+    run(sys.argv[2:])  # imports what that user may not be able to read
+os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+def run_idb_as(uid: int, *arguments: str) -> str:
+    """What `idb` says to that user."""
+    asked = [sys.executable, "-c", AS_ANOTHER, str(uid), *arguments]
+    return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout

@@ -79,7 +79,11 @@ def explain(uid: int, path: str, pid: str) -> None:
         stub: Any = agent_pb2_grpc.AgentStub(channel)
         try:
             answer = stub.ExplainProcess(agent_pb2.ExplainProcessRequest(pid=int(pid)))
-            say(selectors=list(answer.selectors))
+            say(
+                selectors=list(answer.selectors),
+                entries={each.entry_id: list(each.missing) for each in answer.entries},
+                hidden=answer.hidden,
+            )
         except grpc.RpcError as error:
             say(end=error.code().name, text=error.details())
 

@@ -126,14 +126,16 @@ class ProcessExplanation:
     Attributes:
         selectors: the process's, "type:value", sorted.
         problems: attestors that failed or did not answer in time, a sentence each.
-        entries: every entry of this node, matching ones first.
+        entries: of this node, matching ones first; every one for root and the agent's own user.
         executable: path of the program it runs.
+        hidden: how many entries are left out, because somebody else asks.
     """
 
     selectors: tuple[str, ...]
     problems: tuple[str, ...]
     entries: tuple[EntryMatch, ...]
     executable: str
+    hidden: int = 0
 
 
 class AgentClient:
@@ -211,6 +213,7 @@ class AgentClient:
                 for one in answer.entries
             ),
             executable=answer.executable,
+            hidden=answer.hidden,
         )
 
     def close(self) -> None:
