@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -212,6 +214,69 @@ async def test_a_call_that_does_not_end_is_cancelled_after_the_grace() -> None:
         await listener.stop(timedelta(seconds=0.2))
         await waiting
         await asyncio.wait_for(cancelled.wait(), 5)
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def _calls_and_never_reads(address: str, method: str) -> socket.socket:
+    """An HTTP/2 peer with room for everything, as far as it says."""
+    host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    connection = context.wrap_socket(socket.create_connection((host, int(port))))
+    headers = {
+        ":method": "POST",
+        ":scheme": "https",
+        ":path": method,
+        ":authority": "x",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    packed = b"".join(
+        b"\0" + bytes([len(key)]) + key.encode() + bytes([len(value)]) + value.encode()
+        for key, value in headers.items()
+    )
+    connection.sendall(
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + _frame(4, 0, 0, struct.pack(">HI", 4, 2**31 - 1))
+        + _frame(8, 0, 0, struct.pack(">I", 2**30))
+        + _frame(1, 4, 1, packed)
+        + _frame(0, 1, 1, b"\0" * 5)
+    )
+    return connection
+
+
+async def test_a_peer_that_reads_nothing_does_not_hold_the_end_up() -> None:
+    entered = asyncio.Event()
+    long = bundle_pb2.WatchBundleResponse()
+    long.bundle.trust_domain = "x" * 500_000
+
+    async def watch(_request: Any, _call: Any) -> AsyncIterator[Any]:
+        entered.set()
+        while True:
+            yield long
+
+    shell = Shell({WATCH: watch})
+    tls = shell.authority.broker()
+    listener = BootstrapListener("127.0.0.1:0", current_tls=lambda: tls)
+    await listener.start(shell.handlers(ListenerKind.BOOTSTRAP))
+    bystander = Shell({GET: empty_bundle})
+    async with bystander.bootstrap() as other:
+        await other.unary_unary(GET)(b"")
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        with await asyncio.to_thread(_calls_and_never_reads, listener.address, WATCH):
+            await asyncio.wait_for(entered.wait(), 5)
+            await asyncio.sleep(0.3)  # until nothing more fits into its buffers
+            started = asyncio.get_running_loop().time()
+            await listener.stop(timedelta(seconds=0.2))
+            assert asyncio.get_running_loop().time() - started < 3
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
+        # Nothing but that listener's connections was ended.
+        await other.unary_unary(GET)(b"", timeout=5)
 
 
 # --- the admin socket -----------------------------------------------------------------------------

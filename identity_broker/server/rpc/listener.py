@@ -11,7 +11,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +33,7 @@ _log = get_logger("listener")
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 _CLOSING_SECONDS: Final = 0.1
+_LAST_WORDS_SECONDS: Final = 1.0  # to tell peers across a network that calls were cancelled
 _SEND_BYTES: Final = 64 * 1024 * 1024  # a page of 1,000 entries at their largest
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.so_reuseport", 0),  # two brokers on one port is a mistake until it is a feature
@@ -123,9 +127,24 @@ class _TlsListener:
         _log.info("listening", listener=str(self.kind), address=self.address)
 
     async def stop(self, grace: timedelta) -> None:
-        """Refuse new calls at once; let running ones end within `grace`, then cancel them."""
-        if self._server is not None:
-            await self._server.stop(grace.total_seconds())
+        """Refuse new calls at once; let running ones end within `grace`, then cancel them.
+
+        Takes a few seconds more than `grace` at most.
+        """
+        if self._server is None:
+            return
+        seconds = grace.total_seconds()
+        stopped = asyncio.create_task(self._server.stop(seconds))
+        await asyncio.wait({stopped}, timeout=seconds + _LAST_WORDS_SECONDS)
+        if not stopped.done():
+            # gRPC waits until every peer has taken what was written for it, and some read nothing.
+            # A server that is left behind half stopped would complain for ever after.
+            _end_connections(self._port)
+        await asyncio.wait({stopped}, timeout=_LAST_WORDS_SECONDS)
+        if stopped.done():
+            await stopped
+        else:
+            _log.warning("listener still closing", listener=str(self.kind))
 
     def _credentials(self) -> grpc.ServerCredentials:
         asks_client = self._asks_client
@@ -240,6 +259,30 @@ class LocalListener:
         await asyncio.wait({stopped}, timeout=seconds + _CLOSING_SECONDS)
         await self._door.close()
         await stopped
+
+
+def _end_connections(port: int) -> None:
+    """End every TCP connection that this process accepted on a port, whoever holds it."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  # descriptors, not files
+        with suppress(OSError), _copy_of(int(name)) as connection:
+            inet = connection.family in (socket.AF_INET, socket.AF_INET6)
+            if inet and connection.getsockname()[1] == port:
+                connection.getpeername()  # Not the listening one, nor one that has ended.
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _copy_of(descriptor: int) -> socket.socket:
+    """The socket behind a descriptor, which may be closed and given to another meanwhile.
+
+    Raises:
+        OSError: it is none, or gone.
+    """
+    copy = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
 
 
 def _cannot_bind(address: str, cause: Exception | None) -> ConfigError:
