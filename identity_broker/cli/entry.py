@@ -31,6 +31,7 @@ from identity_broker.cli.output import (
     emit,
     facts,
     moment,
+    say,
     table,
 )
 from identity_broker.cli.tree import IdbGroup
@@ -49,6 +50,7 @@ _PARENT_HELP = (
 
 
 _REQUIRED = {"spiffe_id": "--spiffe-id", "parent_id": "--parent", "selectors": "--selector"}
+_PROGRAM = ("unix:path:", "unix:sha256:")
 _KEY_TYPES = ["ec-p256", "ec-p384", "rsa-2048"]
 
 
@@ -179,6 +181,7 @@ def create(
             entries = [_entry({**fields, "id": entry_id, "disabled": disabled})]
         outcomes = session.admin.entries.create(entries)
         _show(invocation, outcomes)
+        _hint_at_users(invocation, _done(outcomes))
         if wait:
             _wait(invocation, session, outcomes, timeout, named=_done(outcomes))
     _raise_first(invocation, outcomes, [one.id or one.spiffe_id for one in entries])
@@ -347,6 +350,23 @@ def _show(invocation: Invocation, outcomes: Sequence[Outcome[Entry]]) -> None:
             emit(invocation.output, stored[0], lambda: _facts(stored[0]))
     else:
         emit(invocation.output, {"entries": stored}, lambda: _table(stored))
+
+
+def _hint_at_users(invocation: Invocation, created: Sequence[Entry]) -> None:
+    """Tell of entries that name a program and leave open who runs it."""
+    if invocation.output is OutputFormat.JSON:
+        return
+    open_to_all = [
+        one.id
+        for one in created
+        if one.selectors and all(name.startswith(_PROGRAM) for name in one.selectors)
+    ]
+    if open_to_all:
+        more = f" and {len(open_to_all) - 3} more" if len(open_to_all) > 3 else ""
+        say(
+            f"hint: {', '.join(open_to_all[:3])}{more}: any local user can start the program, with "
+            "code of their own in it (LD_PRELOAD); name unix:uid as well"
+        )
 
 
 def _wait(

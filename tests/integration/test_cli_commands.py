@@ -105,6 +105,33 @@ def test_an_entry_asks_for_a_process_and_a_key(idb: Idb, dev_broker: DevBroker) 
     assert idb("entry", "update", name, "--key-type", "rsa-1024").code == 2
 
 
+@pytest.mark.parametrize(
+    ("selectors", "open_to_all"),
+    [
+        (["unix:path:/usr/bin/orders"], True),
+        (["unix:path:/usr/bin/orders", f"unix:sha256:{'a' * 64}"], True),
+        (["unix:path:/usr/bin/orders", "unix:uid:1000"], False),
+        (["unix:uid:1000"], False),
+        (["unix:path:/usr/bin/orders", "systemd:id:orders.service"], False),
+    ],
+)
+def test_an_entry_that_any_user_fits_is_told_of(
+    idb: Idb, dev_broker: DevBroker, selectors: list[str], *, open_to_all: bool
+) -> None:
+    name = dev_broker.unique("open")
+    create = ["entry", "create", "--spiffe-id", f"/tests/{name}", "--parent", name]
+    for selector in selectors:
+        create += ["--selector", selector]
+    made = idb(*create, "--id", name)
+    assert made.code == 0, made.err
+    assert (f"hint: {name}: any local user" in made.err) == open_to_all
+    assert ("unix:uid as well" in made.err) == open_to_all
+    assert "hint:" not in made.out
+    assert idb("entry", "delete", name).code == 0
+    quiet = idb(*create, "--id", name, "-o", "json")
+    assert (quiet.json["id"], quiet.err) == (name, "")
+
+
 def test_a_listed_entry_with_a_key_can_be_created_again(
     idb: Idb, dev_broker: DevBroker, tmp_path: Path
 ) -> None:
