@@ -129,6 +129,7 @@ class Agent:
             clock=clock,
             metrics=self._metrics,
             limit=settings.workloads.jwt_svids,
+            is_connected=lambda: self._follower.hearing.connected,
         )
         planned = asyncio.Event()
         self._identities = Identities(

@@ -55,6 +55,7 @@ _MOST_AUDIENCES: Final = 32
 _MOST_AUDIENCE_BYTES: Final = 512
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _BOOT_DIGITS: Final = 8
+_MOST_ROUNDS: Final = 3  # of ordering JWT-SVIDs while their entries change
 _SYNC_SECONDS: Final = 1.0  # how long a caller waits for the broker's first word
 # The broker tells of no other trust domain's bundle yet.
 _NO_FEDERATION: Final[Mapping[str, TrustBundle]] = MappingProxyType({})
@@ -256,24 +257,18 @@ class Identities:
         _check_audiences(audiences)
         self._bundle()
         selectors = (await self._attested(caller))[0]
-        entries = self._allowed(selectors, caller)
-        wanted = {
-            (entry.spiffe_id, entry.hint): entry
-            for entry in reversed(entries)
-            if spiffe_id in (None, entry.spiffe_id)
-        }
-        if not wanted:
-            raise NoIdentity(
-                "this process is not registered for that SPIFFE ID"
-                if entries
-                else NoIdentity.sentence
-            )
-        answers = await asyncio.gather(
-            *(self._tokens.get(entry, audiences) for entry in reversed(wanted.values())),
-            return_exceptions=True,
-        )
-        caller.check()
-        return _whatever_came(answers)
+        entries = self._entries_for_jwt(selectors, caller, spiffe_id)
+        for _ in range(_MOST_ROUNDS):
+            fresh = [token for each in entries if (token := self._tokens.fresh(each, audiences))]
+            if len(fresh) == len(entries):
+                return fresh  # nothing was awaited since the process was looked at
+            came = await self._jwt_svids_of(entries, audiences)
+            caller.check()
+            self._bundle()
+            before, entries = entries, self._entries_for_jwt(selectors, caller, spiffe_id)
+            if entries == before:
+                return came
+        raise AgentNotReady("what this process is registered for keeps changing", retry_after=1.0)
 
     async def validate_jwt(self, caller: Caller, token: str, audience: str) -> VerifiedJwt:
         """See `WorkloadIdentities.validate_jwt`."""
@@ -366,6 +361,39 @@ class Identities:
         if not entries and not may_be_nobody:
             raise NoIdentity(selectors=sorted(selectors), problems=problems)
         return entries
+
+    def _entries_for_jwt(
+        self, selectors: frozenset[str], caller: Caller, spiffe_id: str | None
+    ) -> list[SyncedEntry]:
+        """The entries a JWT-SVID is made for, the default first as among X.509-SVIDs (API-20).
+
+        Raises:
+            NoIdentity: there is none.
+        """
+        entries = self._allowed(selectors, caller)
+        wanted: dict[tuple[str, str], SyncedEntry] = {}
+        for entry in entries:
+            if spiffe_id in (None, entry.spiffe_id):
+                wanted.setdefault((entry.spiffe_id, entry.hint), entry)
+        if not wanted:
+            raise NoIdentity(
+                "this process is not registered for that SPIFFE ID"
+                if entries
+                else NoIdentity.sentence
+            )
+        return [*wanted.values()]
+
+    async def _jwt_svids_of(
+        self, entries: Sequence[SyncedEntry], audiences: Sequence[str]
+    ) -> list[JwtIdentity]:
+        if len(entries) == 1:  # mostly: no tasks for it
+            return [await self._tokens.get(entries[0], audiences)]
+        return _whatever_came(
+            await asyncio.gather(
+                *(self._tokens.get(entry, audiences) for entry in entries),
+                return_exceptions=True,
+            )
+        )
 
     async def _attested(self, caller: Caller) -> tuple[frozenset[str], tuple[str, ...]]:
         started = monotonic()

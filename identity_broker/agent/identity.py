@@ -109,7 +109,8 @@ class Caller(Protocol):
 class WorkloadIdentities(Protocol):
     """What the faces may ask. Implemented by `identity_broker.agent.identities.Identities`.
 
-    Each method attests the caller's process first and calls `caller.check()` before it answers.
+    Each method attests the caller's process first, and calls `caller.check()` before it answers if
+    it has waited for anything since.
     """
 
     def watch(self, caller: Caller) -> AsyncIterator[WorkloadState]:
