@@ -10,6 +10,9 @@
   shows another process.
 - What was seen first must still hold at every `check`: program (device and inode), image (an exec
   moves it, even one of the same program), effective user and group.
+- Nothing here waits for the file system that a program lies on: its owner may be who calls (FUSE in
+  a user namespace), and would decide how long everybody waits. The program is asked about with
+  AT_STATX_DONT_SYNC; `handle` opens nothing.
 - What the agent may not read (another user's program, when it is not root) is None from the
   beginning and stays so; nothing is claimed about it.
 """
@@ -17,10 +20,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import select
 import socket
+import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
@@ -34,14 +40,22 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ESRCH})
 _UNREADABLE: Final = frozenset({errno.EACCES, errno.EPERM})
 _CHUNK: Final = 1 << 16
 _MOST_BYTES: Final = 1 << 20  # of a file under /proc/PID: mountinfo is the longest
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_STATX_INO: Final = 0x100
+_STATX_MNT_ID: Final = 0x1000  # since Linux 5.8; 0 before
+_STATX_BYTES: Final = 256
+_STATX_FOUND: Final = struct.Struct("=32xQ96xIIQ")  # stx_ino, stx_dev_major, _minor, stx_mnt_id
+_statx: Final = ctypes.CDLL(None, use_errno=True).statx
+_statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
 
 @dataclass(frozen=True, slots=True)
 class Executable:
-    """The file a process runs, by what no rename changes."""
+    """The file a process runs, by what no rename changes, and where it saw it mounted."""
 
     device: int
     inode: int
+    mount: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +73,7 @@ class LiveProcess:
 
     __slots__ = (
         "_closed",
+        "_closing",
         "_directory",
         "_loop",
         "_on_end",
@@ -79,6 +94,7 @@ class LiveProcess:
         self._directory = directory
         self._seen = seen
         self._closed = False
+        self._closing = threading.Lock()  # held for what the kernel itself answers, at once
         self._over = asyncio.Event()
         self._on_end: list[Callable[[], object]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -191,8 +207,11 @@ class LiveProcess:
         """Whether it still runs."""
         return not self._closed and not _has_ended(self._pidfd)
 
-    def open(self, name: str) -> int:
-        """Open /proc/PID/<name> for reading; "exe" is the very file it runs, renamed or not.
+    def handle(self, name: str) -> int:
+        """Return a descriptor (O_PATH) of what /proc/PID/<name> leads to; "exe": the very file.
+
+        Opening or looking at what it names may take as long as the file system's owner likes: do
+        that in a thread, and call this there as well (NFS). Safe beside `close`.
 
         Returns:
             A descriptor, the caller's to close.
@@ -201,21 +220,26 @@ class LiveProcess:
             CallerUnknown: the process has ended.
             AttestationFailed: it cannot be read; mostly, this process may not.
         """
-        self._must_be_open()
+        with self._closing:
+            self._must_be_open()
+            directory = os.dup(self._directory)
         try:
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._directory)
+            return os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=directory)
         except OSError as exc:
             raise self._read_failed(name, exc) from exc
+        finally:
+            os.close(directory)
 
     def read(self, name: str) -> bytes:
         """Return the content of /proc/PID/<name>.
 
         Raises:
-            CallerUnknown, AttestationFailed: as `open`.
+            CallerUnknown, AttestationFailed: as `handle`.
         """
-        self._must_be_open()
         try:
-            return _read(self._directory, name)
+            with self._closing:
+                self._must_be_open()
+                return _read(self._directory, name)
         except OSError as exc:
             raise self._read_failed(name, exc) from exc
 
@@ -223,11 +247,12 @@ class LiveProcess:
         """Return where the symbolic link /proc/PID/<name> points; "exe", "ns/mnt".
 
         Raises:
-            CallerUnknown, AttestationFailed: as `open`.
+            CallerUnknown, AttestationFailed: as `handle`.
         """
-        self._must_be_open()
         try:
-            return os.readlink(name, dir_fd=self._directory)
+            with self._closing:
+                self._must_be_open()
+                return os.readlink(name, dir_fd=self._directory)
         except OSError as exc:
             raise self._read_failed(name, exc) from exc
 
@@ -270,8 +295,9 @@ class LiveProcess:
         self._closed = True
         self._on_end.clear()
         self._tell_ended()
-        os.close(self._pidfd)
-        os.close(self._directory)
+        with self._closing:
+            os.close(self._pidfd)
+            os.close(self._directory)
 
     def _listen(self) -> None:
         if self._loop is None and not self._over.is_set():
@@ -340,13 +366,16 @@ def _look(directory: int, pid: int) -> _Seen:
 
 
 def _executable(directory: int) -> Executable | None:
-    try:
-        found = os.stat("exe", dir_fd=directory)
-    except OSError as exc:
-        if exc.errno in _UNREADABLE:
+    # Not os.stat: that asks the file system, FUSE's owner for one, and waits for the answer.
+    # What the kernel has in memory will do, since neither number of a running program changes.
+    answer = (ctypes.c_char * _STATX_BYTES)()
+    if _statx(directory, b"exe", _AT_STATX_DONT_SYNC, _STATX_INO | _STATX_MNT_ID, answer):
+        number = ctypes.get_errno()
+        if number in _UNREADABLE:
             return None
-        raise
-    return Executable(found.st_dev, found.st_ino)
+        raise OSError(number, os.strerror(number))
+    inode, major, minor, mount = _STATX_FOUND.unpack_from(answer)
+    return Executable(os.makedev(major, minor), inode, mount)
 
 
 def _read(directory: int, name: str) -> bytes:

@@ -47,7 +47,8 @@ def test_who_connected_is_known_and_holds(tmp_path: Path, listener: socket.socke
             program = Path(f"/proc/{puppet.pid}/exe").stat()
             assert process.pid == puppet.pid
             assert (process.uid, process.gid) == (os.geteuid(), os.getegid())
-            assert process.executable == Executable(program.st_dev, program.st_ino)
+            found = process.executable
+            assert found == Executable(program.st_dev, program.st_ino, found.mount if found else 0)
             assert process.link("exe") == str(Path(f"/proc/{puppet.pid}/exe").readlink())
             assert process.read("status").startswith(b"Name:\t")
             assert process.start_time > 0
@@ -65,7 +66,7 @@ def test_its_end_is_noticed_by_every_way_of_asking(tmp_path: Path, listener: soc
             assert not process.is_alive
             with pytest.raises(CallerUnknown):
                 process.check()
-            for ask in (process.read, process.open, process.link):
+            for ask in (process.read, process.handle, process.link):
                 with pytest.raises(CallerUnknown):
                     ask("exe")
             with pytest.raises(CallerUnknown):
@@ -159,7 +160,7 @@ def test_a_program_that_was_replaced_is_still_the_same_one(
             new.replace(program)  # what a package manager does
             process.check()
             assert process.link("exe").endswith("program (deleted)")
-            descriptor = process.open("exe")
+            descriptor = process.handle("exe")
             assert os.fstat(descriptor).st_size == Path("/bin/sleep").stat().st_size
             os.close(descriptor)
     finally:
@@ -189,7 +190,7 @@ def test_a_process_of_another_user_is_held_without_its_program(
         assert process.executable is None
         process.check()
         with pytest.raises(AttestationFailed):
-            process.open("exe")
+            process.handle("exe")
 
 
 def test_without_a_pidfd_of_the_kernel_the_pid_is_taken_at_its_word(
@@ -371,7 +372,7 @@ caller.kill(); caller.wait()
 victim = take(caller.pid, ["sleep", "60"])
 until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith(("sleep", "coreutils", "busybox")))
 assert victim.pid == process.pid
-for ask in (process.check, lambda: process.read("status"), lambda: process.open("exe")):
+for ask in (process.check, lambda: process.read("status"), lambda: process.handle("exe")):
     try:
         ask()
     except CallerUnknown:

@@ -56,7 +56,7 @@ class Told:
     def read(self, name: str) -> bytes:
         return self._files[name]
 
-    def open(self, name: str) -> int:
+    def handle(self, name: str) -> int:
         raise NotImplementedError
 
     def link(self, name: str) -> str:

@@ -36,8 +36,11 @@ class Process(Protocol):
         """
         ...
 
-    def open(self, name: str) -> int:
-        """Open /proc/PID/<name> for reading; "exe" is the very file it runs, renamed or not.
+    def handle(self, name: str) -> int:
+        """Return a descriptor (O_PATH) of what /proc/PID/<name> leads to; "exe": the very file.
+
+        To be called in a thread, as whatever is then done with it: the file system may be one whose
+        owner decides when it answers.
 
         Returns:
             A descriptor, the caller's to close.
