@@ -52,7 +52,7 @@ def explain(
 
     About a node, every rule is shown in the order the broker checks it. About a process, its
     selectors are shown, which entries they match, and which selector each of the others misses;
-    who is neither root nor the agent's user is told of those that nearly match alone.
+    users other than root and the agent's own are told of the nearest of those only.
     Exit code 0: it would get it from at least one entry; 3: it would not.
     """
     if (node_id is None) == (pid is None):
