@@ -178,7 +178,8 @@ async def test_a_thousand_streams_on_the_wire(tmp_path: Path) -> None:
         streams = [FollowingNode(node.channel) for node in nodes for _ in range(8)]
         first = [(await stream.update())[0] for stream in streams]
         assert all(message.reconnect_spread_ms <= 2 * 125 for message in first)
-        assert first[-1].reconnect_spread_ms > 2 * 100
+        # They open at once, in no order: the last of them saw nearly all the others.
+        assert max(message.reconnect_spread_ms for message in first) > 2 * 100
         took = []
         for number in range(20):
             concerned = streams[8 * number : 8 * number + 8]
