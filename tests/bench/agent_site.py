@@ -129,7 +129,9 @@ def site(
     roots.write_bytes(machines.certificate.public_bytes(Encoding.PEM))
     tables = {"attestors.x509_pop": {"ca_bundle_file": str(roots)}}
     home = directory / "broker"
-    fill(Settings.load(write_config(home, home, tables), env={}).database_url, machines)
+    # A socket's path is short; a checkout's need not be. `started` writes its own again.
+    config = write_config(home, Path(tempfile.gettempdir()), tables)
+    fill(Settings.load(config, env={}).database_url, machines)
     with started(home, tables) as (pid, addresses, config, _):
         yield Site(pid, addresses, Settings.load(config, env={}), directory, machines)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from identity_broker.agent.trust import anchors, fetch_bundle, fingerprint
 from identity_broker.config.agent_settings import TrustSection
@@ -140,16 +141,17 @@ def test_nobody_there_is_not_an_error_of_the_settings() -> None:
 
 
 def test_what_answered_first_is_believed_for_good_and_said_loudly(
-    site: Site, identities: FakeIdentities, capsys: pytest.CaptureFixture[str]
+    site: Site, identities: FakeIdentities
 ) -> None:
     settings = TrustSection(bundle_url=site.url, insecure_bootstrap=True)
     believe = anchors(settings, DOMAIN)
     site.document = identities.bundle.to_spiffe_json()
-    first = believe()
+    with capture_logs() as lines:
+        first = believe()
     (root,) = identities.bundle.x509_authorities
-    told = capsys.readouterr()
-    assert "insecure bootstrap" in told.out + told.err
-    assert fingerprint(root) in told.out + told.err
+    (told,) = (line for line in lines if "insecure bootstrap" in line["event"])
+    assert told["log_level"] == "warning"
+    assert told["detail"] == fingerprint(root)
     site.document = FakeIdentities().bundle.to_spiffe_json()
     assert believe() == first
     assert site.asked == 1
