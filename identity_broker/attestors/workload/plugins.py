@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from identity_broker.attestors.plugin_loading import PluginGroup
 from identity_broker.attestors.workload import WorkloadAttestor
 from identity_broker.errors import ConfigError
 
@@ -42,15 +42,16 @@ class WorkloadAttestorPlugin:
     build: Callable[[Mapping[str, Any]], Sequence[WorkloadAttestor]]
 
 
+_PLUGINS: Final = PluginGroup("workload attestor", GROUP, BUILT_IN, WorkloadAttestorPlugin)
+
+
 def build_attestors(name: str, table: Mapping[str, Any]) -> tuple[WorkloadAttestor, ...]:
     """Load the plugin of that name and build its attestors.
 
     Raises:
         ConfigError: there is none, or several, or it cannot be loaded or configured.
     """
-    plugin = _load(_entry_point(name))
-    if plugin.name != name:
-        raise ConfigError(f'the workload attestor plugin "{name}" calls itself "{plugin.name}"')
+    plugin = _PLUGINS.load(name)
     attestors = tuple(plugin.build(table))
     if strangers := {attestor.name for attestor in attestors} - {name}:
         raise ConfigError(
@@ -76,37 +77,3 @@ def options_of(model: type[Options], name: str, table: Mapping[str, Any]) -> Opt
         raise ConfigError(
             f'the workload attestor "{name}" cannot be configured: {"; ".join(problems)}'
         ) from exc
-
-
-def _entry_point(name: str) -> EntryPoint:
-    found = set(entry_points(group=GROUP, name=name))
-    if name in BUILT_IN:
-        # By its value: an editable checkout and an installed wheel may both list ours.
-        ours = EntryPoint(name, BUILT_IN[name], GROUP)
-        strangers = {point.value for point in found} - {ours.value}
-        if strangers:
-            raise ConfigError(
-                f'another package offers a workload attestor "{name}", which is built in',
-                hint=f"uninstall the package that provides {min(strangers)}",
-            )
-        return ours
-    if not found:
-        raise ConfigError(
-            f'no installed package offers the workload attestor "{name}"',
-            hint=f"built in: {', '.join(sorted(BUILT_IN))}",
-        )
-    if len({point.value for point in found}) > 1:
-        raise ConfigError(f'several installed packages offer the workload attestor "{name}"')
-    return found.pop()
-
-
-def _load(point: EntryPoint) -> WorkloadAttestorPlugin:
-    try:
-        plugin = point.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f'the workload attestor plugin "{point.name}" cannot be loaded', detail=str(error)
-        ) from error
-    if not isinstance(plugin, WorkloadAttestorPlugin):
-        raise ConfigError(f'"{point.value}" is not a WorkloadAttestorPlugin')
-    return plugin
