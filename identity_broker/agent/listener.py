@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +41,6 @@ was built with in its first one: 60 KiB, more with every release and with metada
 CONNECTIONS: Final = 2048
 CONNECTIONS_PER_USER: Final = 1024
 STREAMS_PER_CONNECTION: Final = 100
-_CLOSING_SECONDS: Final = 0.1
 WORKLOAD_API: Final = Naming(what="the Workload API", setting="agent.workload_api", server="agent")
 ADMIN_SOCKET: Final = Naming(what="the admin socket", setting="agent.admin_socket", server="agent")
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
@@ -155,13 +153,7 @@ class WorkloadListener:
         """Take no new connections; let running calls end within `grace`, then cancel them."""
         if self._server is None:
             return
-        self._door.stop_accepting()
-        seconds = grace.total_seconds()
-        stopped = asyncio.create_task(self._server.stop(seconds))
-        # gRPC waits for every connection, and a peer that reads nothing would keep it for ever.
-        await asyncio.wait({stopped}, timeout=seconds + _CLOSING_SECONDS)
-        await self._door.close()
-        await stopped
+        await self._door.drain(self._server.stop, grace.total_seconds())
 
 
 class _Unknown(grpc.GenericRpcHandler):

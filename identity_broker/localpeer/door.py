@@ -12,15 +12,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import shutil
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from identity_broker.errors import ConfigError, InvariantViolated
 from identity_broker.localpeer.endpoint import ADMIN_SOCKET, MAX_PATH_BYTES, Naming, open_endpoint
@@ -32,6 +33,7 @@ _log = get_logger("localpeer")
 _DESCRIPTORS_EACH: Final = 5
 _DESCRIPTORS_BESIDE: Final = 1024  # for other doors, the store, clients; better than
 _FEWEST_BESIDE: Final = 256
+_CLOSING_SECONDS: Final = 0.1
 
 P = TypeVar("P", bound=Peer)
 
@@ -158,6 +160,20 @@ class LocalDoor(Generic[P]):
         """Take no new connections; the socket goes, those open stay."""
         if self._splice is not None:
             self._splice.stop_accepting()
+
+    async def drain(self, stop: Callable[[float], Coroutine[Any, Any, None]], grace: float) -> None:
+        """Take no new connections, stop the server behind, and close.
+
+        Args:
+            stop: the server's own, given the seconds running calls may take to end.
+            grace: those seconds.
+        """
+        self.stop_accepting()
+        stopped = asyncio.create_task(stop(grace))
+        # gRPC waits for every connection, and a peer that reads nothing would keep it for ever.
+        await asyncio.wait({stopped}, timeout=grace + _CLOSING_SECONDS)
+        await self.close()
+        await stopped
 
     async def close(self) -> None:
         """End every connection and remove what was made. After the server has stopped."""

@@ -32,7 +32,6 @@ from identity_broker.telemetry.logs import get_logger
 _log = get_logger("listener")
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
-_CLOSING_SECONDS: Final = 0.1
 _LAST_WORDS_SECONDS: Final = 1.0  # to tell peers across a network that calls were cancelled
 _SEND_BYTES: Final = 64 * 1024 * 1024  # a page of 1,000 entries at their largest
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
@@ -252,13 +251,7 @@ class LocalListener:
         """Take no new connections; let running calls end within `grace`, then cancel them."""
         if self._server is None:
             return
-        self._door.stop_accepting()
-        seconds = grace.total_seconds()
-        stopped = asyncio.create_task(self._server.stop(seconds))
-        # gRPC waits for every connection, and a peer that reads nothing would keep it for ever.
-        await asyncio.wait({stopped}, timeout=seconds + _CLOSING_SECONDS)
-        await self._door.close()
-        await stopped
+        await self._door.drain(self._server.stop, grace.total_seconds())
 
 
 def _end_connections(port: int) -> None:
