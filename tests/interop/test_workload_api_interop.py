@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -265,6 +265,26 @@ async def test_our_sdk_follows_what_becomes_of_its_identity(stage: Stage) -> Non
             return False
 
         await eventually(is_over)
+
+
+@pytest.mark.clause("API-11")
+async def test_whoever_is_ready_knows_the_jwt_bundle_as_well(
+    workload_api: ServedWorkloadApi,
+) -> None:
+    """Both streams are refused until there is an entry, and each is tried again on its own."""
+
+    async def greet_itself(source: IdentitySource) -> None:
+        await source.wait_ready(timeout=10)
+        token = await source.fetch_jwt_svid("reports")
+        source.validate_jwt_svid(token.token, "reports")
+
+    sources = [IdentitySource.from_workload_api(workload_api.address) for _ in range(8)]
+    async with AsyncExitStack() as stack:
+        for source in sources:
+            await stack.enter_async_context(source)
+        await asyncio.sleep(1.5)
+        workload_api.identities.grant("/a")
+        await asyncio.gather(*(greet_itself(source) for source in sources))
 
 
 @pytest.mark.clause("API-7")

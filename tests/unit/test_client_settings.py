@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib
 import json
-import logging
 import multiprocessing
 import os
 import pkgutil
@@ -313,4 +312,12 @@ def test_the_sdk_imports_neither_broker_nor_ca() -> None:
 
 
 def test_the_sdk_configures_no_logging() -> None:
-    assert logging.getLogger("identity_client").handlers == []
+    program = (
+        "import logging, identity_client, identity_client.aio, identity_client.integrations.grpc\n"
+        "roots = (logging.getLogger(), logging.getLogger('identity_client'))\n"
+        "assert [each.handlers for each in roots] == [[], []]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

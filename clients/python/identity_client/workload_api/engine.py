@@ -64,7 +64,7 @@ _logger = logging.getLogger(__name__)
 _INSIST_SECONDS = 1.0
 # A local socket is asked again soon: an entry that was just made should be found.
 _RETRY_CAP = timedelta(seconds=2)
-# The first identity waits so long for the JWT bundles that come beside it.
+# A first identity waits so long for the JWT bundles that come beside it.
 _JWT_PATIENCE_SECONDS = 1.0
 # More than this is read in a thread.
 _LARGE_LISTS = 64 * 1024
@@ -91,7 +91,9 @@ class WorkloadApiEngine:
         self._lists = ListReader()
         self._x509: Mapping[TrustDomain, Authorities] = MappingProxyType({})
         self._jwt: Mapping[TrustDomain, JwtBundle] = MappingProxyType({})
+        # Set once the JWT bundles were heard of since this process was last refused.
         self._jwt_known = asyncio.Event()
+        self._jwt_hurry = asyncio.Event()
         self._bundle: BundleSnapshot | None = None
         self._tokens = JwtFetcher(holder, self._fetch_token)
         self._tasks: list[asyncio.Task[None]] = []
@@ -180,22 +182,29 @@ class WorkloadApiEngine:
                 self._jwt = jwt_bundles_from_wire(message)
             except ProtocolViolation as violation:
                 _logger.warning("a message was discarded: %s", violation)
+            self._jwt_hurry.clear()
+            self._jwt_known.set()
             await self._jwt_changed()
 
         async def lost(error: IdentityError) -> None:
             if isinstance(error, NotPermitted):
                 self._jwt = MappingProxyType({})
+                self._jwt_known.clear()
+            else:
+                self._jwt_known.set()
             _logger.info("following the JWT bundles stopped: %s", error)
             await self._jwt_changed()
 
-        await self._follow(link.jwt_bundles, take, lost)
+        await self._follow(link.jwt_bundles, take, lost, self._jwt_hurry)
 
     async def _follow(
         self,
         messages: Callable[[], AsyncIterator[_T]],
         take: Callable[[_T], Awaitable[None]],
         lost: Callable[[IdentityError], Awaitable[None]],
+        hurry: asyncio.Event | None = None,
     ) -> None:
+        hurry = hurry or asyncio.Event()
         failures = 0
         while True:
             try:
@@ -214,7 +223,10 @@ class WorkloadApiEngine:
                     retry_after=error.retry_after,
                     cap=_RETRY_CAP,
                 )
-                await asyncio.sleep(delay.total_seconds())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(delay.total_seconds()):
+                        await hurry.wait()
+                        hurry.clear()
 
     # --- what they say -------------------------------------------------------------------------
 
@@ -225,7 +237,9 @@ class WorkloadApiEngine:
         x509 = {**state.federated, own: authorities_from_der(chosen.bundle)}
         # Nothing is kept before everything is known to be usable.
         material = self._checked(chosen, x509[own])
-        if self._holder.peek() is None:
+        if not self._jwt_known.is_set():
+            # Both were refused until now; whoever has an identity is told the JWT bundles too.
+            self._jwt_hurry.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_JWT_PATIENCE_SECONDS):
                     await self._jwt_known.wait()
@@ -288,7 +302,6 @@ class WorkloadApiEngine:
         self._holder.denied.synced = bool(state.crls)
 
     async def _jwt_changed(self) -> None:
-        self._jwt_known.set()
         current = self._holder.peek()
         if current is not None:
             self._holder.publish_bundle(*self._bundles(current.bundle.trust_domain))
