@@ -8,14 +8,15 @@
     BrokerError
     ├── RequestError          MalformedRequest PageTokenInvalid EntryInvalid InvalidSpiffeId
     │                         CsrRejected KeyTooWeak PolicyViolation LintFailed AudienceInvalid
-    │                         AttestorUnknown SecurityHeaderMissing TokenInvalid
+    │                         AttestorUnknown SecurityHeaderMissing TokenInvalid SubjectInvalid
     ├── AuthenticationError   Unauthenticated AttestationFailed JoinTokenRejected ChallengeFailed
     │                         CallerUnknown ProcessChanged
     ├── AuthorizationError    MethodDenied EntryNotAuthorized NodeBanned NodeUnknown
-    │                         CredentialRevoked NoIdentity
+    │                         CredentialRevoked NoIdentity KeyBlocked
     ├── NotFoundError         EntryNotFound NodeNotFound CredentialNotFound AuthorityNotFound
-    │                         ServiceNotFound
-    ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite
+    │                         ServiceNotFound SubjectNotFound RevocationNotFound HoldNotFound
+    ├── ConflictError         EntryExists SpiffeIdCaseConflict StaleWrite HoldExists
+    │                         RevocationExists
     ├── ExhaustedError        RateLimited WatchLagged
     ├── DependencyError       StoreUnavailable SigningBackendUnavailable AuthorityUnavailable
     │                         AgentNotReady
@@ -178,6 +179,14 @@ class TokenInvalid(RequestError):
     sentence = "the JWT-SVID does not hold"
 
 
+class SubjectInvalid(RequestError):
+    """What to revoke or hold cannot be understood."""
+
+    reason = "SUBJECT_INVALID"
+    sentence = "what to revoke is not named in a way that can be understood"
+    default_hint = "idb revoke --help"
+
+
 # --- the caller is not who it must be ----------------------------------------------------------
 
 
@@ -289,6 +298,14 @@ class NoIdentity(AuthorizationError):
     default_hint = "idb explain --pid PID says which selectors it has and which entries miss"
 
 
+class KeyBlocked(AuthorizationError):
+    """The key was reported as compromised and is refused for ever."""
+
+    reason = "KEY_BLOCKED"
+    sentence = "this key was compromised and is refused for ever"
+    default_hint = "make a new key"
+
+
 # --- it is not there ---------------------------------------------------------------------------
 
 
@@ -338,6 +355,30 @@ class ServiceNotFound(NotFoundError):
     default_hint = "ask for the empty name: the broker as a whole"
 
 
+class SubjectNotFound(NotFoundError):
+    """Neither the ledger nor the entries, nodes or authorities know what is to be revoked."""
+
+    reason = "SUBJECT_NOT_FOUND"
+    sentence = "nothing is known of what is to be revoked"
+    default_hint = "idb credential list"
+
+
+class RevocationNotFound(NotFoundError):
+    """No revocation has that id."""
+
+    reason = "REVOCATION_NOT_FOUND"
+    sentence = "no revocation has that id"
+    default_hint = "idb revoke list"
+
+
+class HoldNotFound(NotFoundError):
+    """No hold has that name."""
+
+    reason = "HOLD_NOT_FOUND"
+    sentence = "no hold has that name"
+    default_hint = "idb hold list"
+
+
 # --- it clashes with what is there -------------------------------------------------------------
 
 
@@ -370,6 +411,22 @@ class StaleWrite(ConflictError):
     reason = "STALE_WRITE"
     sentence = "the entry changed since it was read"
     default_hint = "read it again and repeat the change"
+
+
+class HoldExists(ConflictError):
+    """Another hold has that name."""
+
+    reason = "HOLD_EXISTS"
+    sentence = "another hold has that name"
+    default_hint = "idb hold list"
+
+
+class RevocationExists(ConflictError):
+    """Another revocation has that id."""
+
+    reason = "REVOCATION_EXISTS"
+    sentence = "a revocation of something else has that id"
+    default_hint = "idb revoke status ID"
 
 
 # --- too much of it ----------------------------------------------------------------------------

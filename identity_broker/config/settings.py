@@ -442,6 +442,39 @@ class BundleSettings(Section):
     )
 
 
+class RevocationSettings(Section):
+    """Revocation lists, OCSP and the proof that verifiers have heard."""
+
+    public_url: HttpUrl | None = Field(
+        default=None,
+        description="Where verifiers reach the HTTP listener. Named in X.509-SVIDs as the place of "
+        "their revocation list and OCSP responder; they name none when it is not set.",
+    )
+    crl_validity: ShortLife = Field(
+        default=parse_duration("1h"),
+        description="From a revocation list to its next update; renewed at half of that.",
+    )
+    crl_shards: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=64,
+        description="Into how many partial lists the serial numbers of an authority are divided. "
+        "X.509-SVIDs issued before a change name the lists of before.",
+    )
+    ocsp_validity: ShortLife = Field(
+        default=parse_duration("10m"), description="From an OCSP answer to its next update."
+    )
+    acknowledge_timeout: Seconds = Field(
+        default=parse_duration("10s"),
+        description="How long a revocation's statement waits for verifiers to acknowledge it.",
+    )
+    leak_reports: bool = Field(
+        default=True,
+        description="Whether anyone who has a key or token may report it as leaked over HTTP.",
+    )
+    leak_reports_per_minute: Annotated[int, Field(ge=1, le=6000)] = Field(
+        default=30, description="Reports of leaks that are looked at, for each network address."
+    )
+
+
 class LimitSettings(Section):
     """Calls a second, per caller and method. A batch counts as many calls as it has items."""
 
@@ -489,6 +522,7 @@ class Settings(Section):
     entries: EntrySettings = Field(default_factory=EntrySettings)
     ledger: LedgerSettings = Field(default_factory=LedgerSettings)
     bundle: BundleSettings = Field(default_factory=BundleSettings)
+    revocation: RevocationSettings = Field(default_factory=RevocationSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 

@@ -4,6 +4,8 @@
 - INTENT → ISSUED when the outcome arrives, → UNCONFIRMED when none does in time.
 - ISSUED and UNCONFIRMED → SUPERSEDED, REVOKED, EXPIRED; SUPERSEDED → REVOKED, EXPIRED.
 - EXPIRED → REVOKED while the validity lasts: the clock that expired it may have run ahead.
+- REVOKED for certificateHold → ISSUED or UNCONFIRMED when the hold is lifted, and → REVOKED for a
+  better reason; any other revocation is final.
 - A credential that is not REVOKED counts as possibly valid, and can be revoked, until `not_after`.
 """
 
@@ -43,6 +45,7 @@ class RevocationReason(IntEnum):
     AFFILIATION_CHANGED = 3
     SUPERSEDED = 4
     CESSATION_OF_OPERATION = 5
+    CERTIFICATE_HOLD = 6  # the only one that can be taken back
     PRIVILEGE_WITHDRAWN = 9
 
 
@@ -94,6 +97,7 @@ class Credential:
     revoked_at: datetime | None = None
     reason: RevocationReason | None = None
     comment: str = ""
+    order_id: str = ""
 
     @property
     def id(self) -> str:
@@ -132,7 +136,7 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class RevocationResult:
-    """What a revocation did."""
+    """What one step of a revocation did."""
 
     revoked: tuple[Revocation, ...]
     already_revoked: int

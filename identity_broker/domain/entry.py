@@ -40,6 +40,7 @@ class RegistrationEntry:
     Attributes:
         per_process: one X.509-SVID for each process, instead of one for the node.
         key_algorithm: the kind of key the agent makes; None leaves it to the agent (EC P-256).
+        held_by: the hold because of which nothing is issued from it; empty for none.
 
     Raises:
         EntryInvalid: a field is out of range or contradicts another.
@@ -62,6 +63,7 @@ class RegistrationEntry:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     per_process: bool = False
     key_algorithm: KeyAlgorithm | None = None
+    held_by: str = ""
     revision: int = 0
     created_at: datetime | None = None
     updated_at: datetime | None = None
@@ -81,7 +83,12 @@ class RegistrationEntry:
 
     def is_live(self, now: datetime) -> bool:
         """Whether anything may be issued from it at `now`."""
-        return not self.disabled and (self.expires_at is None or now < self.expires_at)
+        return self.is_told and (self.expires_at is None or now < self.expires_at)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether nodes are told of it: it is neither disabled nor on hold."""
+        return not self.disabled and not self.held_by
 
     def with_fields(self, other: RegistrationEntry, fields: frozenset[str]) -> RegistrationEntry:
         """Return this entry with the named fields taken from `other`, checked as a whole.

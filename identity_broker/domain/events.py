@@ -18,7 +18,10 @@ class Topic(StrEnum):
 
     ENTRY = "entry"  # key: entry id (created, updated or deleted)
     NODE = "node"  # key: node SPIFFE ID (attested, renewed, banned, evicted)
-    REVOCATION = "revocation"  # key: serial or jti
+    REVOCATION = "revocation"  # key: serial or jti (revoked, or released from hold)
+    EPOCH = "epoch"  # key: SPIFFE ID
+    HOLD = "hold"  # key: the hold's name
+    KEY = "key"  # key: fingerprint of a blocked key
     AUTHORITY = "authority"  # key: authority kind
 
 
@@ -45,6 +48,15 @@ class AuditKind(StrEnum):
     CREDENTIAL_ISSUED = "credential_issued"
     CREDENTIAL_REVOKED = "credential_revoked"
     CREDENTIAL_UNCONFIRMED = "credential_unconfirmed"
+    CREDENTIAL_RELEASED = "credential_released"
+    HOLD_PLACED = "hold_placed"
+    HOLD_LIFTED = "hold_lifted"
+    KEY_BLOCKED = "key_blocked"
+    LEAK_REPORTED = "leak_reported"
+    REVOCATION_CLOSED = "revocation_closed"
+    STATUS_DISAGREES = "status_disagrees"
+    AUTHORITY_TAINTED = "authority_tainted"
+    AUTHORITY_REVOKED = "authority_revoked"
     AUTHORITY_PREPARED = "authority_prepared"
     AUTHORITY_ACTIVATED = "authority_activated"
     AUTHORITY_RETIRED = "authority_retired"

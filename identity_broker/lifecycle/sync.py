@@ -1,6 +1,6 @@
 """What each connected node is told: its entries, the bundle, revocations and revocation lists.
 
-- A node's entries are those below its parents (itself and its groups) that are not disabled; a
+- A node's entries are those below its parents (itself and its groups), not disabled nor held; a
   test holds that against `Authorize.entries`. Expired ones are among them: the node looks at its
   clock, as the broker does.
 - A change costs as much as it concerns nodes: streams are indexed by parent.
@@ -295,14 +295,14 @@ class NodeSync:
         return (stream for stream in self._roster if not stream.ended)
 
     def _told_of(self, parent: SpiffeId) -> Iterator[RegistrationEntry]:
-        return (entry for entry in self._directory.children(parent) if not entry.disabled)
+        return (entry for entry in self._directory.children(parent) if entry.is_told)
 
     def _is_told_to(self, stream: NodeStream, entry: RegistrationEntry | None) -> bool:
-        return entry is not None and entry.parent_id in stream.parents and not entry.disabled
+        return entry is not None and entry.parent_id in stream.parents and entry.is_told
 
     def _parent_of(self, entry: RegistrationEntry | None) -> _Parent | None:
         """Where nodes are told of the entry; None where nobody is."""
-        if entry is None or entry.disabled:
+        if entry is None or not entry.is_told:
             return None
         return self._parents.get(entry.parent_id)
 

@@ -24,39 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'identity_api/broker/v1/credential.proto\x12\x16identity_api.broker.v1\"\xdb\x03\n\x10\x43redentialRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x34\n\x04kind\x18\x02 \x01(\x0e\x32&.identity_api.broker.v1.CredentialKind\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.identity_api.broker.v1.CredentialState\x12\x11\n\tspiffe_id\x18\x04 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x05 \x01(\t\x12\x16\n\x0e\x65ntry_revision\x18\x06 \x01(\x04\x12\x0f\n\x07node_id\x18\x07 \x01(\t\x12\x14\n\x0c\x61uthority_id\x18\x08 \x01(\t\x12\x17\n\x0fkey_fingerprint\x18\t \x01(\t\x12\x12\n\ntbs_digest\x18\n \x01(\t\x12\x0e\n\x06\x64igest\x18\x0b \x01(\t\x12\x12\n\nnot_before\x18\x0c \x01(\x03\x12\x12\n\nexpires_at\x18\r \x01(\x03\x12\x13\n\x0brecorded_at\x18\x0e \x01(\x03\x12\x12\n\nrevoked_at\x18\x0f \x01(\x03\x12\x38\n\x06reason\x18\x10 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x11 \x01(\t\x12\x10\n\x08instance\x18\x12 \x01(\t\"\xe4\x01\n\x16ListCredentialsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x11\n\tspiffe_id\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x05 \x01(\t\x12\x37\n\x06states\x18\x06 \x03(\x0e\x32\'.identity_api.broker.v1.CredentialState\x12\x34\n\x04kind\x18\x07 \x01(\x0e\x32&.identity_api.broker.v1.CredentialKind\"q\n\x17ListCredentialsResponse\x12=\n\x0b\x63redentials\x18\x01 \x03(\x0b\x32(.identity_api.broker.v1.CredentialRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x14GetCredentialRequest\x12\n\n\x02id\x18\x01 \x01(\t\"U\n\x15GetCredentialResponse\x12<\n\ncredential\x18\x01 \x01(\x0b\x32(.identity_api.broker.v1.CredentialRecord\"\xa8\x01\n\x17RevokeCredentialRequest\x12\x0c\n\x02id\x18\x01 \x01(\tH\x00\x12\x13\n\tspiffe_id\x18\x02 \x01(\tH\x00\x12\x38\n\x06reason\x18\x03 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\x12\x14\n\x0ckeep_entries\x18\x05 \x01(\x08\x42\t\n\x07subject\"d\n\x18RevokeCredentialResponse\x12\x13\n\x0brevoked_ids\x18\x01 \x03(\t\x12\x17\n\x0f\x61lready_revoked\x18\x02 \x01(\x05\x12\x1a\n\x12\x64isabled_entry_ids\x18\x03 \x03(\t\"\x19\n\x17WatchRevocationsRequest\"\xe7\x01\n\nRevocation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x34\n\x04kind\x18\x02 \x01(\x0e\x32&.identity_api.broker.v1.CredentialKind\x12\x11\n\tspiffe_id\x18\x03 \x01(\t\x12\x12\n\nrevoked_at\x18\x04 \x01(\x03\x12\x12\n\nexpires_at\x18\x05 \x01(\x03\x12\x38\n\x06reason\x18\x06 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x10\n\x08\x65ntry_id\x18\x07 \x01(\t\x12\x10\n\x08instance\x18\x08 \x01(\t\"u\n\x18WatchRevocationsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x37\n\x0brevocations\x18\x02 \x03(\x0b\x32\".identity_api.broker.v1.Revocation\x12\x0e\n\x06synced\x18\x03 \x01(\x08*d\n\x0e\x43redentialKind\x12\x1f\n\x1b\x43REDENTIAL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43REDENTIAL_KIND_X509\x10\x01\x12\x17\n\x13\x43REDENTIAL_KIND_JWT\x10\x02*\xec\x01\n\x0f\x43redentialState\x12 \n\x1c\x43REDENTIAL_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43REDENTIAL_STATE_INTENT\x10\x01\x12\x1b\n\x17\x43REDENTIAL_STATE_ISSUED\x10\x02\x12 \n\x1c\x43REDENTIAL_STATE_UNCONFIRMED\x10\x03\x12\x1f\n\x1b\x43REDENTIAL_STATE_SUPERSEDED\x10\x04\x12\x1c\n\x18\x43REDENTIAL_STATE_REVOKED\x10\x05\x12\x1c\n\x18\x43REDENTIAL_STATE_EXPIRED\x10\x06*\xa6\x02\n\x10RevocationReason\x12!\n\x1dREVOCATION_REASON_UNSPECIFIED\x10\x00\x12$\n REVOCATION_REASON_KEY_COMPROMISE\x10\x01\x12#\n\x1fREVOCATION_REASON_CA_COMPROMISE\x10\x02\x12)\n%REVOCATION_REASON_AFFILIATION_CHANGED\x10\x03\x12 \n\x1cREVOCATION_REASON_SUPERSEDED\x10\x04\x12,\n(REVOCATION_REASON_CESSATION_OF_OPERATION\x10\x05\x12)\n%REVOCATION_REASON_PRIVILEGE_WITHDRAWN\x10\t2\xbf\x03\n\nCredential\x12g\n\x04List\x12..identity_api.broker.v1.ListCredentialsRequest\x1a/.identity_api.broker.v1.ListCredentialsResponse\x12\x62\n\x03Get\x12,.identity_api.broker.v1.GetCredentialRequest\x1a-.identity_api.broker.v1.GetCredentialResponse\x12k\n\x06Revoke\x12/.identity_api.broker.v1.RevokeCredentialRequest\x1a\x30.identity_api.broker.v1.RevokeCredentialResponse\x12w\n\x10WatchRevocations\x12/.identity_api.broker.v1.WatchRevocationsRequest\x1a\x30.identity_api.broker.v1.WatchRevocationsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'identity_api/broker/v1/credential.proto\x12\x16identity_api.broker.v1\"\xf2\x03\n\x10\x43redentialRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x34\n\x04kind\x18\x02 \x01(\x0e\x32&.identity_api.broker.v1.CredentialKind\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.identity_api.broker.v1.CredentialState\x12\x11\n\tspiffe_id\x18\x04 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x05 \x01(\t\x12\x16\n\x0e\x65ntry_revision\x18\x06 \x01(\x04\x12\x0f\n\x07node_id\x18\x07 \x01(\t\x12\x14\n\x0c\x61uthority_id\x18\x08 \x01(\t\x12\x17\n\x0fkey_fingerprint\x18\t \x01(\t\x12\x12\n\ntbs_digest\x18\n \x01(\t\x12\x0e\n\x06\x64igest\x18\x0b \x01(\t\x12\x12\n\nnot_before\x18\x0c \x01(\x03\x12\x12\n\nexpires_at\x18\r \x01(\x03\x12\x13\n\x0brecorded_at\x18\x0e \x01(\x03\x12\x12\n\nrevoked_at\x18\x0f \x01(\x03\x12\x38\n\x06reason\x18\x10 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x11 \x01(\t\x12\x10\n\x08instance\x18\x12 \x01(\t\x12\x15\n\rrevocation_id\x18\x13 \x01(\t\"\xe4\x01\n\x16ListCredentialsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x11\n\tspiffe_id\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x05 \x01(\t\x12\x37\n\x06states\x18\x06 \x03(\x0e\x32\'.identity_api.broker.v1.CredentialState\x12\x34\n\x04kind\x18\x07 \x01(\x0e\x32&.identity_api.broker.v1.CredentialKind\"q\n\x17ListCredentialsResponse\x12=\n\x0b\x63redentials\x18\x01 \x03(\x0b\x32(.identity_api.broker.v1.CredentialRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x14GetCredentialRequest\x12\n\n\x02id\x18\x01 \x01(\t\"U\n\x15GetCredentialResponse\x12<\n\ncredential\x18\x01 \x01(\x0b\x32(.identity_api.broker.v1.CredentialRecord*d\n\x0e\x43redentialKind\x12\x1f\n\x1b\x43REDENTIAL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43REDENTIAL_KIND_X509\x10\x01\x12\x17\n\x13\x43REDENTIAL_KIND_JWT\x10\x02*\xec\x01\n\x0f\x43redentialState\x12 \n\x1c\x43REDENTIAL_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43REDENTIAL_STATE_INTENT\x10\x01\x12\x1b\n\x17\x43REDENTIAL_STATE_ISSUED\x10\x02\x12 \n\x1c\x43REDENTIAL_STATE_UNCONFIRMED\x10\x03\x12\x1f\n\x1b\x43REDENTIAL_STATE_SUPERSEDED\x10\x04\x12\x1c\n\x18\x43REDENTIAL_STATE_REVOKED\x10\x05\x12\x1c\n\x18\x43REDENTIAL_STATE_EXPIRED\x10\x06*\xce\x02\n\x10RevocationReason\x12!\n\x1dREVOCATION_REASON_UNSPECIFIED\x10\x00\x12$\n REVOCATION_REASON_KEY_COMPROMISE\x10\x01\x12#\n\x1fREVOCATION_REASON_CA_COMPROMISE\x10\x02\x12)\n%REVOCATION_REASON_AFFILIATION_CHANGED\x10\x03\x12 \n\x1cREVOCATION_REASON_SUPERSEDED\x10\x04\x12,\n(REVOCATION_REASON_CESSATION_OF_OPERATION\x10\x05\x12&\n\"REVOCATION_REASON_CERTIFICATE_HOLD\x10\x06\x12)\n%REVOCATION_REASON_PRIVILEGE_WITHDRAWN\x10\t2\xd9\x01\n\nCredential\x12g\n\x04List\x12..identity_api.broker.v1.ListCredentialsRequest\x1a/.identity_api.broker.v1.ListCredentialsResponse\x12\x62\n\x03Get\x12,.identity_api.broker.v1.GetCredentialRequest\x1a-.identity_api.broker.v1.GetCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'identity_api.broker.v1.credential_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREDENTIALKIND']._serialized_start=1667
-  _globals['_CREDENTIALKIND']._serialized_end=1767
-  _globals['_CREDENTIALSTATE']._serialized_start=1770
-  _globals['_CREDENTIALSTATE']._serialized_end=2006
-  _globals['_REVOCATIONREASON']._serialized_start=2009
-  _globals['_REVOCATIONREASON']._serialized_end=2303
+  _globals['_CREDENTIALKIND']._serialized_start=1037
+  _globals['_CREDENTIALKIND']._serialized_end=1137
+  _globals['_CREDENTIALSTATE']._serialized_start=1140
+  _globals['_CREDENTIALSTATE']._serialized_end=1376
+  _globals['_REVOCATIONREASON']._serialized_start=1379
+  _globals['_REVOCATIONREASON']._serialized_end=1713
   _globals['_CREDENTIALRECORD']._serialized_start=68
-  _globals['_CREDENTIALRECORD']._serialized_end=543
-  _globals['_LISTCREDENTIALSREQUEST']._serialized_start=546
-  _globals['_LISTCREDENTIALSREQUEST']._serialized_end=774
-  _globals['_LISTCREDENTIALSRESPONSE']._serialized_start=776
-  _globals['_LISTCREDENTIALSRESPONSE']._serialized_end=889
-  _globals['_GETCREDENTIALREQUEST']._serialized_start=891
-  _globals['_GETCREDENTIALREQUEST']._serialized_end=925
-  _globals['_GETCREDENTIALRESPONSE']._serialized_start=927
-  _globals['_GETCREDENTIALRESPONSE']._serialized_end=1012
-  _globals['_REVOKECREDENTIALREQUEST']._serialized_start=1015
-  _globals['_REVOKECREDENTIALREQUEST']._serialized_end=1183
-  _globals['_REVOKECREDENTIALRESPONSE']._serialized_start=1185
-  _globals['_REVOKECREDENTIALRESPONSE']._serialized_end=1285
-  _globals['_WATCHREVOCATIONSREQUEST']._serialized_start=1287
-  _globals['_WATCHREVOCATIONSREQUEST']._serialized_end=1312
-  _globals['_REVOCATION']._serialized_start=1315
-  _globals['_REVOCATION']._serialized_end=1546
-  _globals['_WATCHREVOCATIONSRESPONSE']._serialized_start=1548
-  _globals['_WATCHREVOCATIONSRESPONSE']._serialized_end=1665
-  _globals['_CREDENTIAL']._serialized_start=2306
-  _globals['_CREDENTIAL']._serialized_end=2753
+  _globals['_CREDENTIALRECORD']._serialized_end=566
+  _globals['_LISTCREDENTIALSREQUEST']._serialized_start=569
+  _globals['_LISTCREDENTIALSREQUEST']._serialized_end=797
+  _globals['_LISTCREDENTIALSRESPONSE']._serialized_start=799
+  _globals['_LISTCREDENTIALSRESPONSE']._serialized_end=912
+  _globals['_GETCREDENTIALREQUEST']._serialized_start=914
+  _globals['_GETCREDENTIALREQUEST']._serialized_end=948
+  _globals['_GETCREDENTIALRESPONSE']._serialized_start=950
+  _globals['_GETCREDENTIALRESPONSE']._serialized_end=1035
+  _globals['_CREDENTIAL']._serialized_start=1716
+  _globals['_CREDENTIAL']._serialized_end=1933
 # @@protoc_insertion_point(module_scope)

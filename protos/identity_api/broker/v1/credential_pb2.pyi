@@ -85,6 +85,8 @@ class _RevocationReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Revo
     REVOCATION_REASON_AFFILIATION_CHANGED: _RevocationReason.ValueType  # 3
     REVOCATION_REASON_SUPERSEDED: _RevocationReason.ValueType  # 4
     REVOCATION_REASON_CESSATION_OF_OPERATION: _RevocationReason.ValueType  # 5
+    REVOCATION_REASON_CERTIFICATE_HOLD: _RevocationReason.ValueType  # 6
+    """Suspended: the only reason that can be taken back."""
     REVOCATION_REASON_PRIVILEGE_WITHDRAWN: _RevocationReason.ValueType  # 9
 
 class RevocationReason(_RevocationReason, metaclass=_RevocationReasonEnumTypeWrapper):
@@ -96,6 +98,8 @@ REVOCATION_REASON_CA_COMPROMISE: RevocationReason.ValueType  # 2
 REVOCATION_REASON_AFFILIATION_CHANGED: RevocationReason.ValueType  # 3
 REVOCATION_REASON_SUPERSEDED: RevocationReason.ValueType  # 4
 REVOCATION_REASON_CESSATION_OF_OPERATION: RevocationReason.ValueType  # 5
+REVOCATION_REASON_CERTIFICATE_HOLD: RevocationReason.ValueType  # 6
+"""Suspended: the only reason that can be taken back."""
 REVOCATION_REASON_PRIVILEGE_WITHDRAWN: RevocationReason.ValueType  # 9
 Global___RevocationReason: _TypeAlias = RevocationReason  # noqa: Y015
 
@@ -121,6 +125,7 @@ class CredentialRecord(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    REVOCATION_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Required. Serial number (X.509, lower-case hexadecimal) or jti (JWT)."""
     kind: Global___CredentialKind.ValueType
@@ -157,6 +162,8 @@ class CredentialRecord(_message.Message):
     """Optional. The operator's own words."""
     instance: _builtins.str
     """Optional. The instance of the workload it was issued for, in the node's words."""
+    revocation_id: _builtins.str
+    """Optional. The revocation it ended by: `Revocation.Get`."""
     def __init__(
         self,
         *,
@@ -178,10 +185,11 @@ class CredentialRecord(_message.Message):
         reason: Global___RevocationReason.ValueType = ...,
         comment: _builtins.str = ...,
         instance: _builtins.str = ...,
+        revocation_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_id", b"authority_id", "comment", b"comment", "digest", b"digest", "entry_id", b"entry_id", "entry_revision", b"entry_revision", "expires_at", b"expires_at", "id", b"id", "instance", b"instance", "key_fingerprint", b"key_fingerprint", "kind", b"kind", "node_id", b"node_id", "not_before", b"not_before", "reason", b"reason", "recorded_at", b"recorded_at", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id", "state", b"state", "tbs_digest", b"tbs_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_id", b"authority_id", "comment", b"comment", "digest", b"digest", "entry_id", b"entry_id", "entry_revision", b"entry_revision", "expires_at", b"expires_at", "id", b"id", "instance", b"instance", "key_fingerprint", b"key_fingerprint", "kind", b"kind", "node_id", b"node_id", "not_before", b"not_before", "reason", b"reason", "recorded_at", b"recorded_at", "revocation_id", b"revocation_id", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id", "state", b"state", "tbs_digest", b"tbs_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -300,170 +308,3 @@ class GetCredentialResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetCredentialResponse: _TypeAlias = GetCredentialResponse  # noqa: Y015
-
-@_typing.final
-class RevokeCredentialRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    SPIFFE_ID_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    COMMENT_FIELD_NUMBER: _builtins.int
-    KEEP_ENTRIES_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Serial number or jti."""
-    spiffe_id: _builtins.str
-    """Every unexpired credential of this SPIFFE ID."""
-    reason: Global___RevocationReason.ValueType
-    """Optional."""
-    comment: _builtins.str
-    """Optional. At most 512 bytes."""
-    keep_entries: _builtins.bool
-    """Optional. With spiffe_id: leave the entries as they are, so that the workload can fetch a
-    new SVID at once.
-    """
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        spiffe_id: _builtins.str = ...,
-        reason: Global___RevocationReason.ValueType = ...,
-        comment: _builtins.str = ...,
-        keep_entries: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "spiffe_id", b"spiffe_id", "subject", b"subject"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "id", b"id", "keep_entries", b"keep_entries", "reason", b"reason", "spiffe_id", b"spiffe_id", "subject", b"subject"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["id", "spiffe_id"]  # noqa: Y015
-    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
-
-Global___RevokeCredentialRequest: _TypeAlias = RevokeCredentialRequest  # noqa: Y015
-
-@_typing.final
-class RevokeCredentialResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REVOKED_IDS_FIELD_NUMBER: _builtins.int
-    ALREADY_REVOKED_FIELD_NUMBER: _builtins.int
-    DISABLED_ENTRY_IDS_FIELD_NUMBER: _builtins.int
-    already_revoked: _builtins.int
-    """Required. How many were revoked before."""
-    @_builtins.property
-    def revoked_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Required. Newly revoked by this call, X.509 and JWT; may be empty."""
-
-    @_builtins.property
-    def disabled_entry_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Required. Entries disabled by this call; may be empty."""
-
-    def __init__(
-        self,
-        *,
-        revoked_ids: _abc.Iterable[_builtins.str] | None = ...,
-        already_revoked: _builtins.int = ...,
-        disabled_entry_ids: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_revoked", b"already_revoked", "disabled_entry_ids", b"disabled_entry_ids", "revoked_ids", b"revoked_ids"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RevokeCredentialResponse: _TypeAlias = RevokeCredentialResponse  # noqa: Y015
-
-@_typing.final
-class WatchRevocationsRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchRevocationsRequest: _TypeAlias = WatchRevocationsRequest  # noqa: Y015
-
-@_typing.final
-class Revocation(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
-    SPIFFE_ID_FIELD_NUMBER: _builtins.int
-    REVOKED_AT_FIELD_NUMBER: _builtins.int
-    EXPIRES_AT_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    ENTRY_ID_FIELD_NUMBER: _builtins.int
-    INSTANCE_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Required. Serial number or jti."""
-    kind: Global___CredentialKind.ValueType
-    """Required."""
-    spiffe_id: _builtins.str
-    """Required."""
-    revoked_at: _builtins.int
-    """Required."""
-    expires_at: _builtins.int
-    """Required. When the credential would have expired: the denial may be forgotten then."""
-    reason: Global___RevocationReason.ValueType
-    """Required."""
-    entry_id: _builtins.str
-    """Optional. Set by NodeSync alone, together with `instance`: the entry it was issued for."""
-    instance: _builtins.str
-    """Optional. Set by NodeSync alone, and only for the node that ordered it: the instance that is to
-    get no other SVID of the entry, because an SVID of its own was revoked by serial number.
-    """
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        kind: Global___CredentialKind.ValueType = ...,
-        spiffe_id: _builtins.str = ...,
-        revoked_at: _builtins.int = ...,
-        expires_at: _builtins.int = ...,
-        reason: Global___RevocationReason.ValueType = ...,
-        entry_id: _builtins.str = ...,
-        instance: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "expires_at", b"expires_at", "id", b"id", "instance", b"instance", "kind", b"kind", "reason", b"reason", "revoked_at", b"revoked_at", "spiffe_id", b"spiffe_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Revocation: _TypeAlias = Revocation  # noqa: Y015
-
-@_typing.final
-class WatchRevocationsResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REVISION_FIELD_NUMBER: _builtins.int
-    REVOCATIONS_FIELD_NUMBER: _builtins.int
-    SYNCED_FIELD_NUMBER: _builtins.int
-    revision: _builtins.int
-    """Required. The change feed's position; grows with every message that holds a revocation."""
-    synced: _builtins.bool
-    """Required. True from the message that completes the first listing on."""
-    @_builtins.property
-    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revocation]:
-        """Optional."""
-
-    def __init__(
-        self,
-        *,
-        revision: _builtins.int = ...,
-        revocations: _abc.Iterable[Global___Revocation] | None = ...,
-        synced: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "revocations", b"revocations", "synced", b"synced"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchRevocationsResponse: _TypeAlias = WatchRevocationsResponse  # noqa: Y015

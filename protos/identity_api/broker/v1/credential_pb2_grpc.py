@@ -44,16 +44,6 @@ class CredentialStub:
                 request_serializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.GetCredentialRequest.SerializeToString,
                 response_deserializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.GetCredentialResponse.FromString,
                 _registered_method=True)
-        self.Revoke = channel.unary_unary(
-                '/identity_api.broker.v1.Credential/Revoke',
-                request_serializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.RevokeCredentialRequest.SerializeToString,
-                response_deserializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.RevokeCredentialResponse.FromString,
-                _registered_method=True)
-        self.WatchRevocations = channel.unary_stream(
-                '/identity_api.broker.v1.Credential/WatchRevocations',
-                request_serializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.WatchRevocationsRequest.SerializeToString,
-                response_deserializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.WatchRevocationsResponse.FromString,
-                _registered_method=True)
 
 
 class CredentialServicer:
@@ -76,27 +66,6 @@ class CredentialServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Revoke(self, request, context):
-        """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
-        are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
-        Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-        Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def WatchRevocations(self, request, context):
-        """Sends every revocation whose credential has not expired, a message with `synced`, then each
-        new one as it commits.
-        Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-        Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
-        CREDENTIAL_REVOKED.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_CredentialServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,16 +78,6 @@ def add_CredentialServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.GetCredentialRequest.FromString,
                     response_serializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.GetCredentialResponse.SerializeToString,
-            ),
-            'Revoke': grpc.unary_unary_rpc_method_handler(
-                    servicer.Revoke,
-                    request_deserializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.RevokeCredentialRequest.FromString,
-                    response_serializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.RevokeCredentialResponse.SerializeToString,
-            ),
-            'WatchRevocations': grpc.unary_stream_rpc_method_handler(
-                    servicer.WatchRevocations,
-                    request_deserializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.WatchRevocationsRequest.FromString,
-                    response_serializer=identity__api_dot_broker_dot_v1_dot_credential__pb2.WatchRevocationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,60 +134,6 @@ class Credential:
             '/identity_api.broker.v1.Credential/Get',
             identity__api_dot_broker_dot_v1_dot_credential__pb2.GetCredentialRequest.SerializeToString,
             identity__api_dot_broker_dot_v1_dot_credential__pb2.GetCredentialResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Revoke(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/identity_api.broker.v1.Credential/Revoke',
-            identity__api_dot_broker_dot_v1_dot_credential__pb2.RevokeCredentialRequest.SerializeToString,
-            identity__api_dot_broker_dot_v1_dot_credential__pb2.RevokeCredentialResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WatchRevocations(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/identity_api.broker.v1.Credential/WatchRevocations',
-            identity__api_dot_broker_dot_v1_dot_credential__pb2.WatchRevocationsRequest.SerializeToString,
-            identity__api_dot_broker_dot_v1_dot_credential__pb2.WatchRevocationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

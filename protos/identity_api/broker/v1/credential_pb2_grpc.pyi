@@ -40,19 +40,6 @@ class CredentialStub:
     """Returns one credential.
     Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
     """
-    Revoke: _grpc.UnaryUnaryMultiCallable[_credential_pb2.RevokeCredentialRequest, _credential_pb2.RevokeCredentialResponse]
-    """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
-    are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
-    Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-    Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
-    """
-    WatchRevocations: _grpc.UnaryStreamMultiCallable[_credential_pb2.WatchRevocationsRequest, _credential_pb2.WatchRevocationsResponse]
-    """Sends every revocation whose credential has not expired, a message with `synced`, then each
-    new one as it commits.
-    Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-    Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
-    CREDENTIAL_REVOKED.
-    """
 
 @_typing.type_check_only
 class CredentialAsyncStub(CredentialStub):
@@ -65,19 +52,6 @@ class CredentialAsyncStub(CredentialStub):
     Get: _aio.UnaryUnaryMultiCallable[_credential_pb2.GetCredentialRequest, _credential_pb2.GetCredentialResponse]  # type: ignore[assignment]
     """Returns one credential.
     Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
-    """
-    Revoke: _aio.UnaryUnaryMultiCallable[_credential_pb2.RevokeCredentialRequest, _credential_pb2.RevokeCredentialResponse]  # type: ignore[assignment]
-    """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
-    are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
-    Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-    Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
-    """
-    WatchRevocations: _aio.UnaryStreamMultiCallable[_credential_pb2.WatchRevocationsRequest, _credential_pb2.WatchRevocationsResponse]  # type: ignore[assignment]
-    """Sends every revocation whose credential has not expired, a message with `synced`, then each
-    new one as it commits.
-    Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-    Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
-    CREDENTIAL_REVOKED.
     """
 
 class CredentialServicer(metaclass=_abc_1.ABCMeta):
@@ -100,31 +74,6 @@ class CredentialServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_credential_pb2.GetCredentialResponse, _abc.Awaitable[_credential_pb2.GetCredentialResponse]]:
         """Returns one credential.
         Callers: local, admin. Retry: safe. Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST.
-        """
-
-    @_abc_1.abstractmethod
-    def Revoke(
-        self,
-        request: _credential_pb2.RevokeCredentialRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_credential_pb2.RevokeCredentialResponse, _abc.Awaitable[_credential_pb2.RevokeCredentialResponse]]:
-        """Revokes one credential, or all of a SPIFFE ID. Durable when it returns; connected verifiers
-        are told at once. Revoking by SPIFFE ID also disables the entries that issue it.
-        Callers: local, admin. Retry: safe: what is already revoked stays as it was.
-        Reasons: CREDENTIAL_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
-        """
-
-    @_abc_1.abstractmethod
-    def WatchRevocations(
-        self,
-        request: _credential_pb2.WatchRevocationsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_credential_pb2.WatchRevocationsResponse], _abc.AsyncIterator[_credential_pb2.WatchRevocationsResponse]]:
-        """Sends every revocation whose credential has not expired, a message with `synced`, then each
-        new one as it commits.
-        Callers: node, workload, local, admin. Retry: safe; a new call starts over.
-        Reasons: WATCH_LAGGED (the client read too slowly; call again), NODE_BANNED, NODE_UNKNOWN,
-        CREDENTIAL_REVOKED.
         """
 
 def add_CredentialServicer_to_server(servicer: CredentialServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

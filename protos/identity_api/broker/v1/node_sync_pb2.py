@@ -22,31 +22,35 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from identity_api.broker.v1 import credential_pb2 as identity__api_dot_broker_dot_v1_dot_credential__pb2
+from identity_api.broker.v1 import revocation_feed_pb2 as identity__api_dot_broker_dot_v1_dot_revocation__feed__pb2
 from identity_api.broker.v1 import types_pb2 as identity__api_dot_broker_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&identity_api/broker/v1/node_sync.proto\x12\x16identity_api.broker.v1\x1a\'identity_api/broker/v1/credential.proto\x1a\"identity_api/broker/v1/types.proto\"\xe9\x01\n\x0bSyncRequest\x12:\n\x05hello\x18\x01 \x01(\x0b\x32).identity_api.broker.v1.SyncRequest.HelloH\x00\x12\x36\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\'.identity_api.broker.v1.SyncRequest.AckH\x00\x1a\x45\n\x05Hello\x12\x13\n\x0bresume_from\x18\x01 \x01(\x04\x12\x16\n\x0e\x65ntries_digest\x18\x02 \x01(\x06\x12\x0f\n\x07version\x18\x03 \x01(\t\x1a\x17\n\x03\x41\x63k\x12\x10\n\x08revision\x18\x01 \x01(\x04\x42\x06\n\x04step\"\xc0\x03\n\x0cSyncResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08previous\x18\x02 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12:\n\x07\x63hanged\x18\x05 \x03(\x0b\x32).identity_api.broker.v1.RegistrationEntry\x12\x13\n\x0bremoved_ids\x18\x06 \x03(\t\x12\x33\n\x06\x62undle\x18\x07 \x01(\x0b\x32#.identity_api.broker.v1.TrustBundle\x12\x37\n\x0brevocations\x18\x08 \x03(\x0b\x32\".identity_api.broker.v1.Revocation\x12\x43\n\x05lists\x18\t \x01(\x0b\x32\x34.identity_api.broker.v1.SyncResponse.RevocationLists\x12\x16\n\x0e\x65ntries_digest\x18\n \x01(\x06\x12\x1b\n\x13reconnect_spread_ms\x18\x0b \x01(\x05\x12\x12\n\nsent_at_ms\x18\x0c \x01(\x03\x1a\x1f\n\x0fRevocationLists\x12\x0c\n\x04\x63rls\x18\x01 \x03(\x0c\"9\n\x11\x41waitNodesRequest\x12\x10\n\x08node_ids\x18\x01 \x03(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x05\"[\n\x12\x41waitNodesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x03(\t\x12\x0f\n\x07pending\x18\x03 \x03(\t\x12\x11\n\tconnected\x18\x04 \x01(\x05\x32\xc1\x01\n\x08NodeSync\x12U\n\x04Sync\x12#.identity_api.broker.v1.SyncRequest\x1a$.identity_api.broker.v1.SyncResponse(\x01\x30\x01\x12^\n\x05\x41wait\x12).identity_api.broker.v1.AwaitNodesRequest\x1a*.identity_api.broker.v1.AwaitNodesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&identity_api/broker/v1/node_sync.proto\x12\x16identity_api.broker.v1\x1a,identity_api/broker/v1/revocation_feed.proto\x1a\"identity_api/broker/v1/types.proto\"\xa7\x03\n\x0bSyncRequest\x12:\n\x05hello\x18\x01 \x01(\x0b\x32).identity_api.broker.v1.SyncRequest.HelloH\x00\x12\x36\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\'.identity_api.broker.v1.SyncRequest.AckH\x00\x12\x42\n\tverifiers\x18\x03 \x01(\x0b\x32-.identity_api.broker.v1.SyncRequest.VerifiersH\x00\x1a\x45\n\x05Hello\x12\x13\n\x0bresume_from\x18\x01 \x01(\x04\x12\x16\n\x0e\x65ntries_digest\x18\x02 \x01(\x06\x12\x0f\n\x07version\x18\x03 \x01(\t\x1a\x17\n\x03\x41\x63k\x12\x10\n\x08revision\x18\x01 \x01(\x04\x1aL\n\tVerifiers\x12?\n\tverifiers\x18\x01 \x03(\x0b\x32,.identity_api.broker.v1.SyncRequest.Verifier\x1a*\n\x08Verifier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x42\x06\n\x04step\"\xdb\x04\n\x0cSyncResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08previous\x18\x02 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12:\n\x07\x63hanged\x18\x05 \x03(\x0b\x32).identity_api.broker.v1.RegistrationEntry\x12\x13\n\x0bremoved_ids\x18\x06 \x03(\t\x12\x33\n\x06\x62undle\x18\x07 \x01(\x0b\x32#.identity_api.broker.v1.TrustBundle\x12>\n\x0brevocations\x18\x08 \x03(\x0b\x32).identity_api.broker.v1.RevokedCredential\x12\x43\n\x05lists\x18\t \x01(\x0b\x32\x34.identity_api.broker.v1.SyncResponse.RevocationLists\x12\x16\n\x0e\x65ntries_digest\x18\n \x01(\x06\x12\x1b\n\x13reconnect_spread_ms\x18\x0b \x01(\x05\x12\x12\n\nsent_at_ms\x18\x0c \x01(\x03\x12\x14\n\x0creleased_ids\x18\r \x03(\t\x12\x35\n\x06\x65pochs\x18\x0e \x03(\x0b\x32%.identity_api.broker.v1.IdentityEpoch\x12\x45\n\x12\x64\x65nied_authorities\x18\x0f \x01(\x0b\x32).identity_api.broker.v1.DeniedAuthorities\x1a\x1f\n\x0fRevocationLists\x12\x0c\n\x04\x63rls\x18\x01 \x03(\x0c\"9\n\x11\x41waitNodesRequest\x12\x10\n\x08node_ids\x18\x01 \x03(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x05\"[\n\x12\x41waitNodesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x03(\t\x12\x0f\n\x07pending\x18\x03 \x03(\t\x12\x11\n\tconnected\x18\x04 \x01(\x05\x32\xc1\x01\n\x08NodeSync\x12U\n\x04Sync\x12#.identity_api.broker.v1.SyncRequest\x1a$.identity_api.broker.v1.SyncResponse(\x01\x30\x01\x12^\n\x05\x41wait\x12).identity_api.broker.v1.AwaitNodesRequest\x1a*.identity_api.broker.v1.AwaitNodesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'identity_api.broker.v1.node_sync_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SYNCREQUEST']._serialized_start=144
-  _globals['_SYNCREQUEST']._serialized_end=377
-  _globals['_SYNCREQUEST_HELLO']._serialized_start=275
-  _globals['_SYNCREQUEST_HELLO']._serialized_end=344
-  _globals['_SYNCREQUEST_ACK']._serialized_start=346
-  _globals['_SYNCREQUEST_ACK']._serialized_end=369
-  _globals['_SYNCRESPONSE']._serialized_start=380
-  _globals['_SYNCRESPONSE']._serialized_end=828
-  _globals['_SYNCRESPONSE_REVOCATIONLISTS']._serialized_start=797
-  _globals['_SYNCRESPONSE_REVOCATIONLISTS']._serialized_end=828
-  _globals['_AWAITNODESREQUEST']._serialized_start=830
-  _globals['_AWAITNODESREQUEST']._serialized_end=887
-  _globals['_AWAITNODESRESPONSE']._serialized_start=889
-  _globals['_AWAITNODESRESPONSE']._serialized_end=980
-  _globals['_NODESYNC']._serialized_start=983
-  _globals['_NODESYNC']._serialized_end=1176
+  _globals['_SYNCREQUEST']._serialized_start=149
+  _globals['_SYNCREQUEST']._serialized_end=572
+  _globals['_SYNCREQUEST_HELLO']._serialized_start=348
+  _globals['_SYNCREQUEST_HELLO']._serialized_end=417
+  _globals['_SYNCREQUEST_ACK']._serialized_start=419
+  _globals['_SYNCREQUEST_ACK']._serialized_end=442
+  _globals['_SYNCREQUEST_VERIFIERS']._serialized_start=444
+  _globals['_SYNCREQUEST_VERIFIERS']._serialized_end=520
+  _globals['_SYNCREQUEST_VERIFIER']._serialized_start=522
+  _globals['_SYNCREQUEST_VERIFIER']._serialized_end=564
+  _globals['_SYNCRESPONSE']._serialized_start=575
+  _globals['_SYNCRESPONSE']._serialized_end=1178
+  _globals['_SYNCRESPONSE_REVOCATIONLISTS']._serialized_start=1147
+  _globals['_SYNCRESPONSE_REVOCATIONLISTS']._serialized_end=1178
+  _globals['_AWAITNODESREQUEST']._serialized_start=1180
+  _globals['_AWAITNODESREQUEST']._serialized_end=1237
+  _globals['_AWAITNODESRESPONSE']._serialized_start=1239
+  _globals['_AWAITNODESRESPONSE']._serialized_end=1330
+  _globals['_NODESYNC']._serialized_start=1333
+  _globals['_NODESYNC']._serialized_end=1526
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from identity_api.broker.v1 import credential_pb2 as _credential_pb2
+from identity_api.broker.v1 import revocation_feed_pb2 as _revocation_feed_pb2
 from identity_api.broker.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -68,27 +68,77 @@ class SyncRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Verifiers(_message.Message):
+        """All of them: one that is left out has gone."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        VERIFIERS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SyncRequest.Verifier]:
+            """Required; may be empty. At most 1,000."""
+
+        def __init__(
+            self,
+            *,
+            verifiers: _abc.Iterable[Global___SyncRequest.Verifier] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["verifiers", b"verifiers"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Verifier(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        REVISION_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Required. The SPIFFE ID of the workload, a slash and its process number on the node."""
+        revision: _builtins.int
+        """Required. The revision of the last revocation it has acknowledged."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            revision: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "revision", b"revision"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     HELLO_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
+    VERIFIERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___SyncRequest.Hello:
         """First message of the stream."""
 
     @_builtins.property
     def ack(self) -> Global___SyncRequest.Ack:
-        """Every later one."""
+        """Every later one, or `verifiers`."""
+
+    @_builtins.property
+    def verifiers(self) -> Global___SyncRequest.Verifiers:
+        """Who follows revocations through this node, whenever that changes."""
 
     def __init__(
         self,
         *,
         hello: Global___SyncRequest.Hello | None = ...,
         ack: Global___SyncRequest.Ack | None = ...,
+        verifiers: Global___SyncRequest.Verifiers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "step", b"step", "verifiers", b"verifiers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "step", b"step", "verifiers", b"verifiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["hello", "ack"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["hello", "ack", "verifiers"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 
@@ -132,6 +182,9 @@ class SyncResponse(_message.Message):
     ENTRIES_DIGEST_FIELD_NUMBER: _builtins.int
     RECONNECT_SPREAD_MS_FIELD_NUMBER: _builtins.int
     SENT_AT_MS_FIELD_NUMBER: _builtins.int
+    RELEASED_IDS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    DENIED_AUTHORITIES_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Required. The change feed's position the node stands at once the message is applied."""
     previous: _builtins.int
@@ -163,12 +216,24 @@ class SyncResponse(_message.Message):
         """Optional. The bundle, when it changed; always in a full state."""
 
     @_builtins.property
-    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[_credential_pb2.Revocation]:
+    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[_revocation_feed_pb2.RevokedCredential]:
         """Optional. New revocations whose credential has not expired."""
 
     @_builtins.property
     def lists(self) -> Global___SyncResponse.RevocationLists:
         """Optional. The revocation lists, when they changed; always in a full state."""
+
+    @_builtins.property
+    def released_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Ids of credentials that are not revoked any more: they were on hold."""
+
+    @_builtins.property
+    def epochs(self) -> _containers.RepeatedCompositeFieldContainer[_revocation_feed_pb2.IdentityEpoch]:
+        """Optional. New; all that are in force in a full state."""
+
+    @_builtins.property
+    def denied_authorities(self) -> _revocation_feed_pb2.DeniedAuthorities:
+        """Optional. When they changed; always in a full state."""
 
     def __init__(
         self,
@@ -180,15 +245,18 @@ class SyncResponse(_message.Message):
         changed: _abc.Iterable[_types_pb2.RegistrationEntry] | None = ...,
         removed_ids: _abc.Iterable[_builtins.str] | None = ...,
         bundle: _types_pb2.TrustBundle | None = ...,
-        revocations: _abc.Iterable[_credential_pb2.Revocation] | None = ...,
+        revocations: _abc.Iterable[_revocation_feed_pb2.RevokedCredential] | None = ...,
         lists: Global___SyncResponse.RevocationLists | None = ...,
         entries_digest: _builtins.int = ...,
         reconnect_spread_ms: _builtins.int = ...,
         sent_at_ms: _builtins.int = ...,
+        released_ids: _abc.Iterable[_builtins.str] | None = ...,
+        epochs: _abc.Iterable[_revocation_feed_pb2.IdentityEpoch] | None = ...,
+        denied_authorities: _revocation_feed_pb2.DeniedAuthorities | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "lists", b"lists"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "denied_authorities", b"denied_authorities", "lists", b"lists"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "changed", b"changed", "complete", b"complete", "entries_digest", b"entries_digest", "full", b"full", "lists", b"lists", "previous", b"previous", "reconnect_spread_ms", b"reconnect_spread_ms", "removed_ids", b"removed_ids", "revision", b"revision", "revocations", b"revocations", "sent_at_ms", b"sent_at_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "changed", b"changed", "complete", b"complete", "denied_authorities", b"denied_authorities", "entries_digest", b"entries_digest", "epochs", b"epochs", "full", b"full", "lists", b"lists", "previous", b"previous", "reconnect_spread_ms", b"reconnect_spread_ms", "released_ids", b"released_ids", "removed_ids", b"removed_ids", "revision", b"revision", "revocations", b"revocations", "sent_at_ms", b"sent_at_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

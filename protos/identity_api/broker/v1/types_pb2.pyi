@@ -297,6 +297,7 @@ class RegistrationEntry(_message.Message):
     UPDATED_AT_FIELD_NUMBER: _builtins.int
     PER_PROCESS_FIELD_NUMBER: _builtins.int
     KEY_ALGORITHM_FIELD_NUMBER: _builtins.int
+    HELD_BY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Optional on create (the broker chooses one); Required otherwise. 1-64 of [A-Za-z0-9._-]."""
     spiffe_id: _builtins.str
@@ -335,6 +336,8 @@ class RegistrationEntry(_message.Message):
     """
     key_algorithm: _builtins.str
     """Optional. The kind of key the agent makes: "ec-p256" (when empty), "ec-p384" or "rsa-2048"."""
+    held_by: _builtins.str
+    """Set by the broker. The hold because of which nothing is issued from the entry; empty for none."""
     @_builtins.property
     def selectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Selector]:
         """Required, at least one. All of them must hold."""
@@ -374,10 +377,11 @@ class RegistrationEntry(_message.Message):
         updated_at: _builtins.int = ...,
         per_process: _builtins.bool = ...,
         key_algorithm: _builtins.str = ...,
+        held_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "created_at", b"created_at", "disabled", b"disabled", "dns_names", b"dns_names", "downstream", b"downstream", "expires_at", b"expires_at", "federates_with", b"federates_with", "hint", b"hint", "id", b"id", "jwt_ttl_seconds", b"jwt_ttl_seconds", "key_algorithm", b"key_algorithm", "labels", b"labels", "owner", b"owner", "parent_id", b"parent_id", "per_process", b"per_process", "revision", b"revision", "selectors", b"selectors", "spiffe_id", b"spiffe_id", "updated_at", b"updated_at", "x509_ttl_seconds", b"x509_ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "created_at", b"created_at", "disabled", b"disabled", "dns_names", b"dns_names", "downstream", b"downstream", "expires_at", b"expires_at", "federates_with", b"federates_with", "held_by", b"held_by", "hint", b"hint", "id", b"id", "jwt_ttl_seconds", b"jwt_ttl_seconds", "key_algorithm", b"key_algorithm", "labels", b"labels", "owner", b"owner", "parent_id", b"parent_id", "per_process", b"per_process", "revision", b"revision", "selectors", b"selectors", "spiffe_id", b"spiffe_id", "updated_at", b"updated_at", "x509_ttl_seconds", b"x509_ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
