@@ -7,7 +7,7 @@ GET /readyz   the dependencies, one by one    GET /bundle   SPIFFE bundle (X.509
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Final, Protocol
 
@@ -42,6 +42,7 @@ def build_app(
     metrics: Metrics,
     bundle: Callable[[], PublishedBundle],
     stopping: Callable[[], bool] = lambda: False,
+    routes: Sequence[Route] = (),
 ) -> Starlette:
     """The application.
 
@@ -50,6 +51,7 @@ def build_app(
         metrics: shown by /metrics.
         bundle: the current bundle, from memory.
         stopping: whether the broker drains; /readyz says so, for load balancers.
+        routes: what other modules serve beside these, each with its own headers.
     """
 
     async def healthz(_request: Request) -> Response:
@@ -80,6 +82,7 @@ def build_app(
             Route("/metrics", show_metrics, methods=["GET"]),
             Route("/bundle", show_bundle, methods=["GET"]),
             Route("/jwks", show_jwks, methods=["GET"]),
+            *routes,
         ]
     )
 
