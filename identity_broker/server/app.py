@@ -249,7 +249,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         ),
         NodeService(nodes),
         BundleService(signing, trust.listen),
-        CredentialService(store, revoke, directory),
+        CredentialService(store),
         AuthorityService(signing),
         NodeSyncService(node_sync, roster, directory, metrics, clock),
     ):

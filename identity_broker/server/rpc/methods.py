@@ -134,8 +134,17 @@ METHODS: Final[Mapping[str, MethodRow]] = MappingProxyType(
         # The ledger.
         f"{_V1}Credential/List": _READ,
         f"{_V1}Credential/Get": _READ,
-        f"{_V1}Credential/Revoke": _CHANGE,
-        f"{_V1}Credential/WatchRevocations": MethodRow(
+        # Revoking.
+        f"{_V1}Revocation/Plan": _READ,
+        f"{_V1}Revocation/Revoke": _CHANGE,
+        f"{_V1}Revocation/Get": MethodRow(
+            _ADMIN, _45S, RateName.READ, AuditLevel.REFUSALS, idempotent=True
+        ),
+        f"{_V1}Revocation/List": _READ,
+        f"{_V1}Revocation/ListHolds": _READ,
+        f"{_V1}Revocation/LiftHold": _CHANGE,
+        # What verifiers follow.
+        f"{_V1}RevocationFeed/Follow": MethodRow(
             _KNOWN, None, RateName.WATCH, AuditLevel.REFUSALS, idempotent=True
         ),
         # The signing authorities.

@@ -1,9 +1,10 @@
-"""SVIDs, ledger rows and revocations."""
+"""SVIDs, ledger rows and revoked credentials."""
 
 from __future__ import annotations
 
 from identity_api.broker.v1 import (
     credential_pb2,
+    revocation_feed_pb2,
     types_pb2,
 )
 from identity_broker.domain.credential import (
@@ -94,6 +95,7 @@ def to_credential(credential: Credential) -> credential_pb2.CredentialRecord:
         reason=to_reason(credential.reason),
         comment=credential.comment,
         instance=intent.instance,
+        revocation_id=credential.order_id,
     )
 
 
@@ -136,10 +138,10 @@ def from_credential_filter(request: credential_pb2.ListCredentialsRequest) -> Cr
 
 def to_revocation(
     revocation: Revocation, node_id: SpiffeId | None = None
-) -> credential_pb2.Revocation:
-    """A revocation's message; to a node, with the instance that it is to deny."""
+) -> revocation_feed_pb2.RevokedCredential:
+    """A revoked credential's message; to a node, with the instance that it is to deny."""
     instance = "" if node_id is None else revocation.denied_to(node_id)
-    return credential_pb2.Revocation(
+    return revocation_feed_pb2.RevokedCredential(
         id=revocation.id,
         kind=_KINDS[revocation.kind],
         spiffe_id=str(revocation.spiffe_id),
@@ -148,4 +150,5 @@ def to_revocation(
         reason=to_reason(revocation.reason),
         entry_id=revocation.entry_id if instance else "",
         instance=instance,
+        authority_id=revocation.authority_id,
     )

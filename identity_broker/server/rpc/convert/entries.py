@@ -71,6 +71,7 @@ def to_entry(entry: RegistrationEntry) -> types_pb2.RegistrationEntry:
         labels=dict(entry.labels),
         per_process=entry.per_process,
         key_algorithm=entry.key_algorithm or "",
+        held_by=entry.held_by,
         revision=entry.revision,
         created_at=to_epoch(entry.created_at),
         updated_at=to_epoch(entry.updated_at),

@@ -1,40 +1,27 @@
-"""Credential: the ledger, and how to end what stands in it."""
+"""Credential: the ledger."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
 from identity_api.broker.v1 import credential_pb2 as pb
-from identity_broker.errors import MalformedRequest
-from identity_broker.lifecycle.directory import Directory
-from identity_broker.lifecycle.revoke import Revoke
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.convert import credentials as convert_credential
 from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.pipeline import ServiceFunction
-from identity_broker.server.rpc.watch import subscription
 from identity_broker.store import Store
-
-_CHUNK = 1000
 
 
 class CredentialService:
-    """Listing and revoking credentials, and telling verifiers."""
+    """What the broker set out to issue."""
 
-    def __init__(self, store: Store, revoke: Revoke, directory: Directory) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._revoke = revoke
-        self._directory = directory
 
     def functions(self) -> Mapping[str, ServiceFunction]:
         """Full method name to service function."""
         service = "/identity_api.broker.v1.Credential/"
-        return {
-            f"{service}List": self.list,
-            f"{service}Get": self.get,
-            f"{service}Revoke": self.revoke,
-            f"{service}WatchRevocations": self.watch_revocations,
-        }
+        return {f"{service}List": self.list, f"{service}Get": self.get}
 
     async def list(
         self, request: pb.ListCredentialsRequest, call: Call
@@ -58,54 +45,3 @@ class CredentialService:
         await self._store.ledger.flush()
         credential = await self._store.read(lambda repos: repos.credentials.get(credential_id))
         return pb.GetCredentialResponse(credential=convert_credential.to_credential(credential))
-
-    async def revoke(
-        self, request: pb.RevokeCredentialRequest, call: Call
-    ) -> pb.RevokeCredentialResponse:
-        """Revoke one credential, or all of a SPIFFE ID."""
-        reason = convert_credential.from_reason(request.reason)
-        comment = scalars.from_text(request.comment, "comment")
-        subject = request.WhichOneof("subject")
-        if subject == "id":
-            credential_id = scalars.from_id(request.id, "id")
-            revoked = await self._revoke.credential(credential_id, reason, comment, call.caller)
-        elif subject == "spiffe_id":
-            revoked = await self._revoke.identity(
-                scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"),
-                reason,
-                comment,
-                call.caller,
-                keep_entries=request.keep_entries,
-            )
-        else:
-            raise MalformedRequest("name what to revoke: id or spiffe_id")
-        return pb.RevokeCredentialResponse(
-            revoked_ids=[revocation.id for revocation in revoked.revocations],
-            already_revoked=revoked.already_revoked,
-            disabled_entry_ids=revoked.disabled_entry_ids,
-        )
-
-    async def watch_revocations(
-        self, _request: pb.WatchRevocationsRequest, _call: Call
-    ) -> AsyncIterator[pb.WatchRevocationsResponse]:
-        """Send every live revocation, then each new one."""
-        with subscription(self._directory.listen) as watcher:
-            seq = self._directory.seq
-            known = self._directory.revocations()
-            for at in range(0, len(known), _CHUNK):
-                yield pb.WatchRevocationsResponse(
-                    revision=seq,
-                    revocations=[
-                        convert_credential.to_revocation(item) for item in known[at : at + _CHUNK]
-                    ],
-                )
-            yield pb.WatchRevocationsResponse(revision=seq, synced=True)
-            async for update in watcher.items():
-                if update.revocations:
-                    yield pb.WatchRevocationsResponse(
-                        revision=update.seq,
-                        revocations=[
-                            convert_credential.to_revocation(item) for item in update.revocations
-                        ],
-                        synced=True,
-                    )
