@@ -44,6 +44,8 @@ FIELDS: Final = MappingProxyType(
         "state": "where something stands in its life",
         "topic": "of the change feed",
         "names": "of secrets that Envoy asked for",
+        "subject": "what is revoked or held",
+        "check": "what was looked at",
         # the process
         "address": "a bound address",
         "path": "a file or socket",

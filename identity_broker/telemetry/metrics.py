@@ -116,6 +116,12 @@ class Metrics:
             ("kind",),
             registry=registry,
         )
+        self.status_sightings_total = Counter(
+            "idb_status_sightings_total",
+            "Looks at our own revocation lists and OCSP answers from outside, by what was found",
+            ("outcome",),
+            registry=registry,
+        )
         self.job_total = Counter(
             "idb_job_total", "Runs of a background job", ("job", "reason"), registry=registry
         )
