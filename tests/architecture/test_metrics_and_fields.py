@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "identity_broker"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
 LOGGERS = {"log", "_log", "logger", "_logger"}
-CLOSED_LABELS = {"method", "reason", "kind", "name", "job", "attestor", "le"}
+CLOSED_LABELS = {"method", "reason", "kind", "name", "job", "attestor", "le", "outcome"}
 _NOT_FIELDS = {"exc_info", "stack_info"}
 
 
