@@ -1,4 +1,4 @@
-"""Administration of a broker: entries, nodes, tokens, the ledger, authorities, the bundle.
+"""Administration of a broker: entries, nodes, tokens, the ledger, revocation, authorities.
 
 with AdminClient(UnixTarget(Path("/run/identity-broker/admin.sock"))) as admin:
     for entry in admin.entries.list():
@@ -14,6 +14,24 @@ from identity_client.admin.client import (
     Entries,
     Nodes,
 )
+from identity_client.admin.revocation_values import (
+    Hold,
+    HoldTerms,
+    IdentityCount,
+    Lifted,
+    NodeConcerned,
+    Propagation,
+    Revocation,
+    RevocationPlan,
+    RevocationState,
+    RevocationStatus,
+    Revoked,
+    Subject,
+    SubjectKind,
+    Verifier,
+    VerifierState,
+)
+from identity_client.admin.revocations import Revocations
 from identity_client.admin.target import MtlsTarget, Target, UnixTarget
 from identity_client.admin.values import (
     Applied,
@@ -35,7 +53,6 @@ from identity_client.admin.values import (
     Node,
     Outcome,
     RevocationReason,
-    RevokeOutcome,
 )
 
 __all__ = [
@@ -58,13 +75,28 @@ __all__ = [
     "EntryChange",
     "EntryQuery",
     "Explanation",
+    "Hold",
+    "HoldTerms",
+    "IdentityCount",
     "JoinToken",
+    "Lifted",
     "MtlsTarget",
     "Node",
+    "NodeConcerned",
     "Nodes",
     "Outcome",
+    "Propagation",
+    "Revocation",
+    "RevocationPlan",
     "RevocationReason",
-    "RevokeOutcome",
+    "RevocationState",
+    "RevocationStatus",
+    "Revocations",
+    "Revoked",
+    "Subject",
+    "SubjectKind",
     "Target",
     "UnixTarget",
+    "Verifier",
+    "VerifierState",
 ]

@@ -20,6 +20,8 @@ from identity_api.broker.v1 import (
 from identity_client.admin import values
 from identity_client.errors import ProtocolViolation
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
 
 def time_from_wire(seconds: int) -> datetime | None:
     """Seconds since the epoch; 0 is None.
@@ -35,6 +37,19 @@ def time_from_wire(seconds: int) -> datetime | None:
         raise ProtocolViolation(
             f"the broker answered a time that does not exist: {seconds}"
         ) from exc
+
+
+def time_from_wire_ms(milliseconds: int) -> datetime | None:
+    """Milliseconds since the epoch; 0 is None.
+
+    Raises:
+        ProtocolViolation: no calendar reaches that far.
+    """
+    seconds, rest = divmod(milliseconds, 1000)
+    if not milliseconds:
+        return None
+    whole = time_from_wire(seconds) or _EPOCH
+    return whole + timedelta(milliseconds=rest)
 
 
 def time_to_wire(moment: datetime | None) -> int:
@@ -85,6 +100,7 @@ def entry_from_wire(entry: types_pb2.RegistrationEntry) -> values.Entry:
         labels=MappingProxyType(dict(entry.labels)),
         per_process=entry.per_process,
         key_algorithm=entry.key_algorithm,
+        held_by=entry.held_by,
         revision=entry.revision,
         created_at=time_from_wire(entry.created_at),
         updated_at=time_from_wire(entry.updated_at),
@@ -172,6 +188,7 @@ def credential_from_wire(record: credential_pb2.CredentialRecord) -> values.Cred
         reason=reason_from_wire(record.reason) if revoked_at else None,
         comment=record.comment,
         instance=record.instance,
+        revocation_id=record.revocation_id,
     )
 
 

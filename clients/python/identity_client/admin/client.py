@@ -33,6 +33,7 @@ from identity_api.broker.v1 import (
 from identity_client._wire.status import error_from_item
 from identity_client.admin import _convert as convert
 from identity_client.admin._calls import BATCH_SIZE, PAGE_SIZE, call, pages
+from identity_client.admin.revocations import Revocations
 from identity_client.admin.target import Target
 from identity_client.admin.values import (
     Applied,
@@ -48,8 +49,6 @@ from identity_client.admin.values import (
     JoinToken,
     Node,
     Outcome,
-    RevocationReason,
-    RevokeOutcome,
 )
 
 T = TypeVar("T")
@@ -79,6 +78,7 @@ class AdminClient:
         self.entries = Entries(self._channel, timeout)
         self.nodes = Nodes(self._channel, timeout)
         self.credentials = Credentials(self._channel, timeout)
+        self.revocations = Revocations(self._channel, timeout)
         self.authorities = Authorities(self._channel, timeout)
         self._bundle = bundle_pb2_grpc.BundleStub(self._channel)
 
@@ -323,37 +323,6 @@ class Credentials:
         request = credential_pb2.GetCredentialRequest(id=credential_id)
         answer = call(self._stub.Get, request, self._timeout)
         return convert.credential_from_wire(answer.credential)
-
-    def revoke(
-        self,
-        *,
-        credential_id: str = "",
-        spiffe_id: str = "",
-        reason: RevocationReason = RevocationReason.UNSPECIFIED,
-        comment: str = "",
-        keep_entries: bool = False,
-    ) -> RevokeOutcome:
-        """Revoke one credential, or all of a SPIFFE ID. Durable when it returns.
-
-        Raises:
-            ValueError: not exactly one of `credential_id` and `spiffe_id`.
-            ObjectNotFound: CREDENTIAL_NOT_FOUND.
-        """
-        if bool(credential_id) == bool(spiffe_id):
-            raise ValueError("name either a credential or a SPIFFE ID")
-        request = credential_pb2.RevokeCredentialRequest(
-            reason=convert.reason_to_wire(reason), comment=comment, keep_entries=keep_entries
-        )
-        if credential_id:
-            request.id = credential_id
-        else:
-            request.spiffe_id = spiffe_id
-        answer = call(self._stub.Revoke, request, self._timeout)
-        return RevokeOutcome(
-            revoked_ids=tuple(answer.revoked_ids),
-            already_revoked=answer.already_revoked,
-            disabled_entry_ids=tuple(answer.disabled_entry_ids),
-        )
 
 
 class Authorities:

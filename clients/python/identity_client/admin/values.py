@@ -49,6 +49,7 @@ class RevocationReason(StrEnum):
     AFFILIATION_CHANGED = "affiliation-changed"
     SUPERSEDED = "superseded"
     CESSATION_OF_OPERATION = "cessation-of-operation"
+    CERTIFICATE_HOLD = "certificate-hold"
     PRIVILEGE_WITHDRAWN = "privilege-withdrawn"
 
 
@@ -78,7 +79,8 @@ class Entry:
     `selectors` are "type:value". `id` may be empty on create: the broker then chooses one.
     `per_process` asks for one X.509-SVID for each process; `key_algorithm` is "ec-p256" (when
     empty), "ec-p384" or "rsa-2048".
-    `revision`, `created_at` and `updated_at` are the broker's.
+    `held_by` (the hold because of which nothing is issued), `revision`, `created_at` and
+    `updated_at` are the broker's.
     """
 
     id: str = ""
@@ -98,6 +100,7 @@ class Entry:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     per_process: bool = False
     key_algorithm: str = ""
+    held_by: str = ""
     revision: int = 0
     created_at: datetime | None = None
     updated_at: datetime | None = None
@@ -194,7 +197,8 @@ class JoinToken:
 class Credential:
     """A ledger row: a credential the broker set out to issue.
 
-    `id` is its serial or jti; `instance` is the process it is for, in the node's words.
+    `id` is its serial or jti; `instance` is the process it is for, in the node's words;
+    `revocation_id` names what ended it, for `revocations.get`.
     """
 
     id: str
@@ -215,6 +219,7 @@ class Credential:
     reason: RevocationReason | None
     comment: str
     instance: str = ""
+    revocation_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,15 +231,6 @@ class CredentialQuery:
     entry_id: str = ""
     states: frozenset[CredentialState] = frozenset()
     kind: CredentialKind | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RevokeOutcome:
-    """What a revocation did."""
-
-    revoked_ids: tuple[str, ...]
-    already_revoked: int
-    disabled_entry_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
