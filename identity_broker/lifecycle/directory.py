@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from identity_broker.domain import names
 from identity_broker.domain.clock import Clock
@@ -21,10 +21,13 @@ from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Change, Topic
 from identity_broker.domain.node import Node
+from identity_broker.domain.revocation import IdentityEpoch
 from identity_broker.errors import BrokerError, StoreUnavailable, WatchLagged
+from identity_broker.lifecycle.denials import MARGIN, Denials, revoked_of
 from identity_broker.lifecycle.journal import MOST_CHANGES, Journal, Step
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
+from identity_ca.authority import Authority
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 _log = get_logger("directory")
@@ -33,8 +36,6 @@ _POLL_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
 _SILENCE_SECONDS = 3 * _POLL_SECONDS
 _LOAD_CHUNK = 500
-# A revocation is kept a little past its credential's expiry: verifiers' clocks differ.
-_DENY_MARGIN = timedelta(minutes=5)
 
 Listener = Callable[["Update"], None]
 
@@ -43,15 +44,19 @@ class Update:
     """What one step of the change feed changed; handed to the listeners.
 
     `before` has every entry that changed, as it was (None: it is new); what it is now, the
-    directory says.
+    directory says. `released` are serials and jtis that are not revoked any more, `blocked_keys`
+    fingerprints that are refused from now on.
     """
 
     __slots__ = (
         "authorities_changed",
         "before",
+        "blocked_keys",
         "changed_entries",
         "changed_node_ids",
         "deleted_entry_ids",
+        "epochs",
+        "released",
         "revocations",
         "seq",
     )
@@ -62,6 +67,9 @@ class Update:
         self.changed_entries: list[RegistrationEntry] = []
         self.deleted_entry_ids: list[str] = []
         self.revocations: list[Revocation] = []
+        self.released: list[str] = []
+        self.epochs: list[IdentityEpoch] = []
+        self.blocked_keys: list[str] = []
         self.changed_node_ids: list[SpiffeId] = []
         self.authorities_changed = False
 
@@ -73,13 +81,24 @@ class _Stored:
     seq: int
     entries: list[RegistrationEntry]
     nodes: list[Node]
-    revocations: list[Revocation]
+    denials: Denials
     base: int
     recent: list[Change]
 
 
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """What the keys of some changes stand for now."""
+
+    entries: dict[str, RegistrationEntry]
+    nodes: dict[SpiffeId, Node | None]
+    revocations: list[Revocation]
+    epochs: list[IdentityEpoch]
+    authorities: list[Authority]
+
+
 class Directory:
-    """Entries, nodes and live revocations of the trust domain."""
+    """Entries and nodes of the trust domain, and what is to be refused in it."""
 
     def __init__(self, store: Store, trust_domain: TrustDomain, clock: Clock) -> None:
         self._store = store
@@ -89,7 +108,7 @@ class Directory:
         self._by_parent: dict[SpiffeId, dict[str, RegistrationEntry]] = {}
         self._admins: dict[SpiffeId, dict[str, RegistrationEntry]] = {}
         self._nodes: dict[SpiffeId, Node] = {}
-        self._revocations: dict[str, Revocation] = {}
+        self._denials = Denials()
         self._listeners: list[Listener] = []
         self._lock = asyncio.Lock()
         self._begun = self._done = 0
@@ -130,11 +149,23 @@ class Directory:
 
     def is_revoked(self, credential_id: str) -> bool:
         """Whether the credential with that serial or jti is revoked."""
-        return credential_id in self._revocations
+        return credential_id in self._denials.revocations
 
     def revocations(self) -> list[Revocation]:
         """Return every revocation whose credential may not have expired yet."""
-        return list(self._revocations.values())
+        return list(self._denials.revocations.values())
+
+    def epochs(self) -> list[IdentityEpoch]:
+        """Return the epochs that some JWT-SVID may still be older than."""
+        return list(self._denials.epochs.values())
+
+    def is_key_blocked(self, fingerprint: str) -> bool:
+        """Whether the key with that SHA-256 of its SubjectPublicKeyInfo (hex) is refused."""
+        return fingerprint in self._denials.keys
+
+    def denied_authorities(self) -> tuple[str, ...]:
+        """Return the ids of the revoked authorities that have not expired, X.509 and JWT."""
+        return tuple(sorted(self._denials.authorities))
 
     def is_admin(self, spiffe_id: SpiffeId, now: datetime) -> bool:
         """Whether a live entry makes this identity an administrator."""
@@ -171,7 +202,12 @@ class Directory:
                 seq=seq,
                 entries=list(repos.entries.iterate()),
                 nodes=repos.nodes.all(),
-                revocations=repos.credentials.revoked_unexpired(now - _DENY_MARGIN),
+                denials=Denials(
+                    revocations=repos.credentials.revoked_unexpired(now - MARGIN),
+                    epochs=repos.epochs.live(now - MARGIN),
+                    keys=(key.fingerprint for key in repos.blocked_keys.all()),
+                    authorities=repos.authorities.all(),
+                ),
                 base=base,
                 recent=[item for item in repos.outbox.after(base, MOST_CHANGES) if item.seq <= seq],
             )
@@ -179,32 +215,37 @@ class Directory:
         return await self._store.read(read)
 
     def _hold(self, stored: _Stored) -> None:
-        self.fill(stored.seq, stored.entries, stored.nodes, stored.revocations)
+        self.fill(stored.seq, stored.entries, stored.nodes, stored.denials)
         # Nodes that were connected before the broker restarted need not start over.
         self.journal.prime(stored.base, map(self._step, stored.recent))
 
     def _step(self, change: Change) -> Step:
         key = change.key
-        revoked = self._revocations.get(key) if change.topic is Topic.REVOCATION else None
-        return Step(
-            change.seq,
-            before={key: self._entries.get(key)} if change.topic is Topic.ENTRY else {},
-            revocations=[] if revoked is None else [revoked],
-        )
+        if change.topic is Topic.ENTRY:
+            return Step(change.seq, before={key: self._entries.get(key)})
+        if change.topic is Topic.REVOCATION:
+            revoked = self._denials.revocations.get(key)
+            if revoked is None:
+                return Step(change.seq, released=[key])
+            return Step(change.seq, revocations=[revoked])
+        if change.topic is Topic.EPOCH:
+            epoch = self._denials.epochs.get(SpiffeId.parse(key))
+            return Step(change.seq, epochs=[] if epoch is None else [epoch])
+        return Step(change.seq)
 
     def fill(
         self,
         seq: int,
         entries: Iterable[RegistrationEntry],
         nodes: Iterable[Node],
-        revocations: Iterable[Revocation],
+        denials: Denials,
     ) -> None:
         """Hold exactly this, as of change `seq`."""
         self._entries, self._by_parent, self._admins = {}, {}, {}
         for entry in entries:
             self._put_entry(entry)
         self._nodes = {node.spiffe_id: node for node in nodes}
-        self._revocations = {revocation.id: revocation for revocation in revocations}
+        self._denials = denials
         self.seq = seq
         self.journal.restart(seq)
 
@@ -268,7 +309,7 @@ class Directory:
             )
 
     async def forget_expired(self) -> None:
-        """Drop revocations of credentials that have expired by now anyway.
+        """Drop what has expired by now anyway.
 
         A clock that was set back brings credentials back to life: then all is read again.
 
@@ -280,14 +321,11 @@ class Directory:
             async with self._lock:
                 await self._start_over()
         self._tidied_at = now
-        limit = now - _DENY_MARGIN
-        expired = [key for key, value in self._revocations.items() if value.expires_at < limit]
-        for key in expired:
-            del self._revocations[key]
+        self._denials.forget(now)
 
     async def _start_over(self) -> None:
         """Read everything again, and tell the listeners what is different."""
-        entries, nodes, revocations = self._entries, self._nodes, self._revocations
+        entries, nodes, denials = self._entries, self._nodes, self._denials
         self._hold(await self._read_all())
         update = Update(self.seq)
         update.changed_entries = [
@@ -296,9 +334,15 @@ class Directory:
         update.deleted_entry_ids = [key for key in entries if key not in self._entries]
         update.before = {entry.id: entries.get(entry.id) for entry in update.changed_entries}
         update.before.update((key, entries[key]) for key in update.deleted_entry_ids)
+        now = self._denials
         update.revocations = [
-            value for key, value in self._revocations.items() if key not in revocations
+            value for key, value in now.revocations.items() if key not in denials.revocations
         ]
+        update.released = [key for key in denials.revocations if key not in now.revocations]
+        update.epochs = [
+            value for key, value in now.epochs.items() if denials.epochs.get(key) != value
+        ]
+        update.blocked_keys = sorted(now.keys - denials.keys)
         update.changed_node_ids = [
             key for key in nodes.keys() | self._nodes.keys() if nodes.get(key) != self.node(key)
         ]
@@ -313,22 +357,9 @@ class Directory:
         for change in changes:
             keys.setdefault(change.topic, {})[change.key] = None
         update = Update(changes[-1].seq)
-        entry_ids = list(keys.get(Topic.ENTRY, ()))
-        node_ids = [SpiffeId.parse(key) for key in keys.get(Topic.NODE, ())]
-        revoked_ids = list(keys.get(Topic.REVOCATION, ()))
-
-        def read(
-            repos: Repositories,
-        ) -> tuple[dict[str, RegistrationEntry], dict[SpiffeId, Node | None], list[Revocation]]:
-            return (
-                repos.entries.get_many(entry_ids),
-                {key: repos.nodes.find(key) for key in node_ids},
-                repos.credentials.revocations(revoked_ids) if revoked_ids else [],
-            )
-
-        entries, nodes, revocations = await self._store.read(read)
-        for entry_id in entry_ids:
-            entry = entries.get(entry_id)
+        changed = await self._store.read(lambda repos: _read(repos, keys))
+        for entry_id in keys.get(Topic.ENTRY, ()):
+            entry = changed.entries.get(entry_id)
             update.before[entry_id] = self._entries.get(entry_id)
             self._remove_entry(entry_id)
             if entry is None:
@@ -336,19 +367,38 @@ class Directory:
             else:
                 self._put_entry(entry)
                 update.changed_entries.append(entry)
-        update.changed_node_ids = node_ids
-        for spiffe_id, node in nodes.items():
+        update.changed_node_ids = list(changed.nodes)
+        for spiffe_id, node in changed.nodes.items():
             if node is None:
                 self._nodes.pop(spiffe_id, None)
             else:
                 self._nodes[spiffe_id] = node
-        for revocation in revocations:
-            self._revocations[revocation.id] = revocation
-        update.revocations = revocations
-        update.authorities_changed = Topic.AUTHORITY in keys
+        self._deny(update, changed, keys)
         self.seq = update.seq
-        self.journal.note(Step(update.seq, update.before, update.revocations))
+        self.journal.note(
+            Step(update.seq, update.before, update.revocations, update.released, update.epochs)
+        )
         self._tell(update)
+
+    def _deny(
+        self, update: Update, changed: _Changed, keys: Mapping[Topic, Mapping[str, None]]
+    ) -> None:
+        denials = self._denials
+        update.revocations = changed.revocations
+        for revocation in changed.revocations:
+            denials.revocations[revocation.id] = revocation
+        revoked = {revocation.id for revocation in changed.revocations}
+        update.released = [key for key in keys.get(Topic.REVOCATION, ()) if key not in revoked]
+        for credential_id in update.released:
+            denials.revocations.pop(credential_id, None)
+        update.epochs = changed.epochs
+        for epoch in changed.epochs:
+            denials.epochs[epoch.spiffe_id] = epoch
+        update.blocked_keys = list(keys.get(Topic.KEY, ()))
+        denials.keys.update(update.blocked_keys)
+        update.authorities_changed = Topic.AUTHORITY in keys
+        if update.authorities_changed:
+            denials.authorities = revoked_of(changed.authorities)
 
     def _tell(self, update: Update) -> None:
         for listener in tuple(self._listeners):
@@ -373,3 +423,18 @@ class Directory:
                 bucket.pop(entry_id, None)
                 if not bucket:
                     del index[key]
+
+
+def _read(repos: Repositories, keys: Mapping[Topic, Mapping[str, None]]) -> _Changed:
+    revoked_ids = list(keys.get(Topic.REVOCATION, ()))
+    identities = [SpiffeId.parse(key) for key in keys.get(Topic.EPOCH, ())]
+    return _Changed(
+        entries=repos.entries.get_many(list(keys.get(Topic.ENTRY, ()))),
+        nodes={
+            node_id: repos.nodes.find(node_id)
+            for node_id in map(SpiffeId.parse, keys.get(Topic.NODE, ()))
+        },
+        revocations=repos.credentials.revocations(revoked_ids) if revoked_ids else [],
+        epochs=list(repos.epochs.get_many(identities)) if identities else [],
+        authorities=repos.authorities.all() if Topic.AUTHORITY in keys else [],
+    )

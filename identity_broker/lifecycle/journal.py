@@ -2,17 +2,20 @@
 
 - Holds the last changes of the feed, a bounded number; `reaches` says whether a position is in it.
 - What an entry was is the entry itself, immutable and shared: the journal costs references.
-- A change that concerns no entry and no revocation leaves nothing here.
+- A change that concerns no entry, no revocation and no epoch leaves nothing here.
+- A credential that was revoked and released is where it was last: in one of the two, never in both.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.revocation import IdentityEpoch
+from identity_ca.spiffe_id import SpiffeId
 
 Before = Mapping[str, RegistrationEntry | None]
 """Entry id → the entry as it was; None where there was none."""
@@ -26,23 +29,29 @@ class Past:
 
     Attributes:
         before: every entry that changed since, as it was at the position.
-        revocations: what was revoked since, oldest first.
+        revocations: what was revoked since, oldest first, and still is.
+        released: serials and jtis of what was on hold and is valid again.
+        epochs: those that were raised since.
     """
 
     before: Before
     revocations: Sequence[Revocation]
+    released: Sequence[str]
+    epochs: Sequence[IdentityEpoch]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the feed changed up to `seq`: entries as they were before it, and revocations."""
+    """What the feed changed up to `seq`: entries as they were before it, and what is refused."""
 
     seq: int
-    before: Before
-    revocations: Sequence[Revocation]
+    before: Before = field(default_factory=dict)
+    revocations: Sequence[Revocation] = ()
+    released: Sequence[str] = ()
+    epochs: Sequence[IdentityEpoch] = ()
 
     def __len__(self) -> int:
-        return len(self.before) + len(self.revocations)
+        return len(self.before) + len(self.revocations) + len(self.released) + len(self.epochs)
 
 
 class Journal:
@@ -105,5 +114,15 @@ class Journal:
                 break
             steps.append(step)
             before.update(step.before)  # going back in time: the oldest stays
-        revocations = [item for step in reversed(steps) for item in step.revocations]
-        return Past(before, revocations)
+        revoked: dict[str, Revocation] = {}
+        released: dict[str, None] = {}
+        epochs: dict[SpiffeId, IdentityEpoch] = {}
+        for step in reversed(steps):
+            for revocation in step.revocations:
+                released.pop(revocation.id, None)
+                revoked[revocation.id] = revocation
+            for credential_id in step.released:
+                revoked.pop(credential_id, None)
+                released[credential_id] = None
+            epochs.update((epoch.spiffe_id, epoch) for epoch in step.epochs)
+        return Past(before, tuple(revoked.values()), tuple(released), tuple(epochs.values()))
