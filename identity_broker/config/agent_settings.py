@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from identity_broker.config.duration import Seconds, parse_duration
+from identity_broker.config.duration import Seconds
 from identity_broker.config.settings import (
     Address,
     LogSettings,
@@ -24,6 +24,7 @@ from identity_broker.config.settings import (
     SocketPath,
     TrustDomainName,
 )
+from identity_broker.domain.duration import parse_duration
 
 DEFAULT_RUNTIME_DIR: Final = Path("/run/identity-broker")
 _FINGERPRINT: Final = re.compile(r"(?:sha256:)?((?:[0-9a-f]{2}:?){32})", re.ASCII | re.IGNORECASE)

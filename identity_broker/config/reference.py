@@ -11,8 +11,9 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from identity_broker.config.agent_settings import AgentSettings
-from identity_broker.config.duration import bounds_of, format_duration
+from identity_broker.config.duration import bounds_of
 from identity_broker.config.settings import MASK, Section, Settings
+from identity_broker.domain.duration import format_duration
 
 
 def masked(section: Section, prefix: str = "") -> dict[str, str]:

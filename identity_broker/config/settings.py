@@ -34,8 +34,8 @@ from identity_broker.config.duration import (
     ShortLife,
     SvidLife,
     Sweep,
-    parse_duration,
 )
+from identity_broker.domain.duration import parse_duration
 from identity_ca.errors import SpiffeIdError
 from identity_ca.keys import KeyAlgorithm
 from identity_ca.spiffe_id import TrustDomain

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from identity_broker.config import duration
-from identity_broker.config.duration import format_duration, parse_duration
+from identity_broker.domain.duration import format_duration, parse_duration
 
 
 @pytest.mark.parametrize(
