@@ -1,6 +1,7 @@
 """attest: a machine proves what it is, and becomes a node.
 
-- The CSR is looked at before the proof is spent: a broken request costs no join token.
+- The CSR is looked at before the proof is spent: a broken request or a blocked key costs no join
+  token.
 - The proof comes first, then the ban check, then the SVID, then the node's record.
 - A proof that was spent for nothing, because the node hung up or issuing failed, is given back.
 """
@@ -17,7 +18,13 @@ from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import AttestedNode, Node
-from identity_broker.errors import AttestorUnknown, BrokerError, ChallengeFailed, NodeBanned
+from identity_broker.errors import (
+    AttestorUnknown,
+    BrokerError,
+    ChallengeFailed,
+    KeyBlocked,
+    NodeBanned,
+)
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
@@ -81,7 +88,7 @@ class Attest:
 
         Raises:
             AttestorUnknown: no such attestor is enabled.
-            CsrRejected, KeyTooWeak: the CSR.
+            CsrRejected, KeyTooWeak, KeyBlocked: the CSR.
             AttestationFailed, JoinTokenRejected, ChallengeFailed: the proof.
             NodeBanned: an operator banned the node.
             StoreUnavailable, SigningBackendUnavailable: nothing was issued.
@@ -93,6 +100,8 @@ class Attest:
             request = parse_csr(csr, allowed=NODE.key_algorithms)
         except CAError as error:
             raise translate(error) from error
+        if self._directory.is_key_blocked(request.key_fingerprint):
+            raise KeyBlocked(detail=f"attestation with key {request.key_fingerprint}")
         # A refusal is audited where all refused calls are, within a stranger's budget.
         node = await self._proven(attestor, Evidence(payload, request.spki_der), challenge)
         # From here on the work outlives its caller: the proof is spent, its node is admitted.

@@ -186,7 +186,7 @@ class Authorize:
         """Grant `node_id` the identity of an entry.
 
         Raises:
-            EntryNotAuthorized: no such entry, or not this node's, or disabled, or expired.
+            EntryNotAuthorized: no such entry, or not this node's, or disabled, on hold or expired.
             NodeUnknown, NodeBanned: the node is not (or no longer) welcome.
         """
         node = self._welcome(node_id)
@@ -295,6 +295,8 @@ class Authorize:
         checks.append(
             Check("the entry is enabled", not entry.disabled, "disabled" if entry.disabled else "")
         )
+        hold = f'on hold: "{entry.held_by}"' if entry.held_by else ""
+        checks.append(Check("nothing holds the entry", not entry.held_by, hold))
         expired = entry.expires_at is not None and self._clock.now() >= entry.expires_at
         expiry = entry.expires_at.isoformat() if entry.expires_at else ""
         checks.append(Check("the entry has not expired", not expired, expiry))
@@ -325,7 +327,7 @@ class Authorize:
         )
         for group in groups:
             if not group.is_live(now):
-                detail = f"group entry {group.id} is disabled or expired"
+                detail = f"group entry {group.id} is disabled, on hold or expired"
                 yield Check("the group entry is live", member, detail)
             for selector in sorted(group.selectors):
                 # Within a group that is satisfied by another entry a miss is no refusal.

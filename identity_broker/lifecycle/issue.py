@@ -1,6 +1,7 @@
 """issue: from grants to credentials, many calls at a time.
 
-- Step 1, prepare: CSR checked, certificate encoded and linted; no key touched.
+- Step 1, prepare: CSR checked, its key not among the blocked ones, certificate encoded and linted;
+  no key touched.
 - Step 2, intend: the ledger is durable.
 - Step 3, sign. Step 4, conclude.
 - Calls that arrive while others are being recorded go together in the next *flight*: one group of
@@ -20,7 +21,12 @@ from typing import ClassVar, Generic, TypeVar
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.grant import Grant
-from identity_broker.errors import AuthorityUnavailable, BrokerError, InvariantViolated
+from identity_broker.errors import (
+    AuthorityUnavailable,
+    BrokerError,
+    InvariantViolated,
+    KeyBlocked,
+)
 from identity_broker.lifecycle.record import Order, Record
 from identity_broker.signing import Signing
 from identity_broker.telemetry.logs import get_logger
@@ -63,14 +69,37 @@ C = TypeVar("C", bound=X509Credential | JwtCredential)
 
 
 class Issue:
-    """Turns grants into recorded credentials."""
+    """Turns grants into recorded credentials.
 
-    def __init__(self, signing: Signing, record: Record, clock: Clock) -> None:
+    Args:
+        is_key_blocked: whether nothing may be issued to the key with that fingerprint.
+    """
+
+    def __init__(
+        self,
+        signing: Signing,
+        record: Record,
+        clock: Clock,
+        *,
+        is_key_blocked: Callable[[str], bool],
+    ) -> None:
         self._open = _Open()
-        self._x509 = _Lane[X509Order, PreparedX509, X509Credential](
-            prepare=lambda orders, now: signing.prepare_x509_many(
+
+        async def prepare_x509(
+            orders: Sequence[X509Order], now: datetime
+        ) -> list[PreparedX509 | BrokerError]:
+            prepared = await signing.prepare_x509_many(
                 [(order.grant, order.csr) for order in orders], now
-            ),
+            )
+            return [
+                KeyBlocked(detail=f"{item.spiffe_id} key {item.key_fingerprint}")
+                if isinstance(item, PreparedX509) and is_key_blocked(item.key_fingerprint)
+                else item
+                for item in prepared
+            ]
+
+        self._x509 = _Lane[X509Order, PreparedX509, X509Credential](
+            prepare=prepare_x509,
             sign=signing.sign_x509,
             is_remote=lambda: signing.x509_is_remote,
             record=record,

@@ -4,6 +4,8 @@
 - The broker's server SVID is replaced at half of its life.
 - An authority is prepared at half of the active one's life, published, activated at five sixths,
   and forgotten when it has expired; one whose key is lost is replaced at once.
+- One that is revoked is trusted no more from that moment on: if it was the active one, its
+  successor signs at once, and the broker's own SVID is replaced before anybody is told.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import (
@@ -23,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.events import AuditEvent, AuditKind
-from identity_broker.errors import ConfigError, NodeBanned, StaleWrite
+from identity_broker.errors import AuthorityNotFound, ConfigError, NodeBanned, StaleWrite
 from identity_broker.lifecycle.authorize import Authorize
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
@@ -34,6 +37,7 @@ from identity_ca.authority import (
     Authority,
     AuthorityKind,
     AuthoritySet,
+    AuthorityState,
     activation_due,
     preparation_due,
 )
@@ -108,6 +112,48 @@ class RotateAuthorities:
             await self._step(kind, lost=())
         return await self.install()
 
+    async def revoke(self, authority_id: str, actor: str) -> None:
+        """End the trust in an authority at once; one that is revoked already stays so.
+
+        Raises:
+            AuthorityNotFound: there is none with that id.
+            StoreUnavailable, SigningBackendUnavailable, StaleWrite: repeat the call.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            now = self._clock.now()
+            stored, _ = await self._stored()
+            found = next((item for item in stored if item.id == authority_id), None)
+            if found is None:
+                raise AuthorityNotFound(f'there is no authority "{authority_id[:64]}"')
+            if found.state is AuthorityState.REVOKED:
+                break
+            before = _set_of(found.kind, stored)
+            after = before
+            if found.state is AuthorityState.ACTIVE:
+                after = await self._succeeded(after, now)
+            if found.state in (AuthorityState.ACTIVE, AuthorityState.OLD):
+                after = after.taint(found.id)
+            try:
+                await self._write(before, after.revoke(found.id), now, actor)
+                break
+            except StaleWrite:
+                if attempt == _ATTEMPTS:
+                    raise
+        await self.install()
+
+    async def _succeeded(self, authorities: AuthoritySet, now: datetime) -> AuthoritySet:
+        """Let the prepared authority take over; a new one where there is none that can sign."""
+        prepared = authorities.prepared
+        if prepared is not None and await self._signing.missing_keys([prepared]):
+            authorities, prepared = authorities.drop(prepared.id), None
+        if prepared is None:
+            kind = authorities.kind
+            prepared = await self._signing.new_authority(
+                kind, self._policy.algorithm(kind), self._policy.ttl(kind), now
+            )
+            authorities = authorities.prepare(prepared)
+        return authorities.activate(prepared.id)
+
     async def install(self) -> bool:
         """Put what the store holds into force; return whether that is news. Never goes back.
 
@@ -173,13 +219,15 @@ class RotateAuthorities:
         await self._write(before, after, now)
         return True
 
-    async def _write(self, before: AuthoritySet, after: AuthoritySet, now: datetime) -> None:
+    async def _write(
+        self, before: AuthoritySet, after: AuthoritySet, now: datetime, actor: str = "broker"
+    ) -> None:
         known = {authority.id: authority.state for authority in before}
         events = [
             AuditEvent(
                 at=now,
                 kind=kind,
-                actor="broker",
+                actor=actor,
                 subject=authority.id,
                 facts={"kind": authority.kind.value, "key": authority.key_id},
             )
@@ -217,17 +265,22 @@ def _set_of(kind: AuthorityKind, stored: Sequence[Authority]) -> AuthoritySet:
     return AuthoritySet(kind, tuple(item for item in stored if item.kind is kind))
 
 
-def _news(before: str | None, authority: Authority) -> list[AuditKind]:
-    if before == authority.state:
+_KINDS: Final = {
+    AuthorityState.PREPARED: AuditKind.AUTHORITY_PREPARED,
+    AuthorityState.ACTIVE: AuditKind.AUTHORITY_ACTIVATED,
+    AuthorityState.OLD: AuditKind.AUTHORITY_RETIRED,
+    AuthorityState.TAINTED: AuditKind.AUTHORITY_TAINTED,
+    AuthorityState.REVOKED: AuditKind.AUTHORITY_REVOKED,
+}
+
+
+def _news(before: AuthorityState | None, authority: Authority) -> list[AuditKind]:
+    if before is authority.state:
         return []
-    kinds = {
-        "prepared": [AuditKind.AUTHORITY_PREPARED],
-        "active": [AuditKind.AUTHORITY_ACTIVATED],
-    }
-    found = kinds.get(authority.state.value, [AuditKind.AUTHORITY_RETIRED])
-    if before is None and authority.state.value == "active":
-        return [AuditKind.AUTHORITY_PREPARED, *found]
-    return found
+    found = _KINDS[authority.state]
+    if before is None and authority.state is AuthorityState.ACTIVE:
+        return [AuditKind.AUTHORITY_PREPARED, found]
+    return [found]
 
 
 class RotateNode:
@@ -296,6 +349,13 @@ class ServerCertificate:
             for der in self.credential.chain
         )
 
+    @property
+    def authority_id(self) -> str:
+        """The authority that signed it."""
+        leaf = x509.load_der_x509_certificate(self.credential.chain[0])
+        authority = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+        return (authority.key_identifier or b"").hex()
+
     def due(self, now: datetime) -> bool:
         """Whether half of its life is over."""
         lifetime = self.credential.not_after - self.credential.not_before
@@ -307,6 +367,7 @@ class RotateServer:
 
     Args:
         is_revoked: whether the credential with that serial is revoked.
+        is_trusted: whether what the authority with that id signed is still to be accepted.
     """
 
     def __init__(
@@ -316,15 +377,17 @@ class RotateServer:
         issue: Issue,
         clock: Clock,
         is_revoked: Callable[[str], bool] = lambda _serial: False,
+        is_trusted: Callable[[str], bool] = lambda _authority_id: True,
     ) -> None:
         self._authorize = authorize
         self._issue = issue
         self._clock = clock
         self._is_revoked = is_revoked
+        self._is_trusted = is_trusted
         self.current: ServerCertificate | None = None
 
     async def run(self) -> bool:
-        """Replace the SVID if it is due, or revoked.
+        """Replace the SVID if it is due, or revoked, or its authority is.
 
         Raises:
             StoreUnavailable, SigningBackendUnavailable: the former one stays in use.
@@ -334,6 +397,7 @@ class RotateServer:
             current is not None
             and not current.due(self._clock.now())
             and not self._is_revoked(current.credential.serial)
+            and self._is_trusted(current.authority_id)
         ):
             return False
         key = generate_private_key(KeyAlgorithm.EC_P256)
