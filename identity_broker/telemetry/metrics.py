@@ -22,6 +22,11 @@ _RPC_SECONDS: Final = (
 )
 _SIGNING_SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 5.0)
 _BATCH: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+# Close to the objective of one second, where it matters on which side a verifier was.
+_PROPAGATION_SECONDS: Final = (
+    *(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3),
+    *(0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 60.0),
+)
 
 
 class Metrics:
@@ -82,6 +87,33 @@ class Metrics:
             "Time from a message to its acknowledgement",
             buckets=_RPC_SECONDS,
             registry=registry,
+        )
+        # verifiers
+        self.verifiers_connected = Gauge(
+            "idb_verifiers_connected",
+            "Verifiers that this broker tells of revocations: agents, workloads with a link of "
+            "their own, and workloads behind agents",
+            ("kind",),
+            registry=registry,
+        )
+        self.revocation_propagation_seconds = Histogram(
+            "idb_revocation_propagation_seconds",
+            "Time from a revocation's commit to a connected verifier's acknowledgement",
+            buckets=_PROPAGATION_SECONDS,
+            registry=registry,
+        )
+        self.revocation_acknowledgements_total = Counter(
+            "idb_revocation_acknowledgements_total",
+            "Verifiers that were connected when a revocation committed: within_objective (one "
+            "second), late, or never (not before its statement was due); objective: 99 % within",
+            ("outcome",),
+            registry=registry,
+        )
+        self.feed_messages_total = Counter(
+            "idb_feed_messages_total", "Messages sent to verifiers", registry=registry
+        )
+        self.feed_full_total = Counter(
+            "idb_feed_full_total", "Full states sent to verifiers", registry=registry
         )
         # the parts
         self.ledger_pending = Gauge(
