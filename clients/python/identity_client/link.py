@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -53,7 +53,13 @@ from identity_client.errors import (
 )
 from identity_client.keys import KeyPair
 from identity_client.node.settings import NodeSettings
-from identity_client.node.values import IssuedJwt, IssuedX509, JwtRequest, X509Request
+from identity_client.node.values import (
+    IssuedJwt,
+    IssuedX509,
+    JwtRequest,
+    Verifier,
+    X509Request,
+)
 from identity_client.revocation import RevokedCredential
 
 __all__ = [
@@ -267,6 +273,7 @@ class SyncCall:
     def __init__(self, call: Any, timeout: float) -> None:
         self._call = call
         self._timeout = timeout
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time.
 
     async def hello(self, *, resume_from: int, entries_digest: int, version: str) -> None:
         """Sends the first message; why it could not be sent, `read` says."""
@@ -312,13 +319,25 @@ class SyncCall:
 
     async def acknowledge(self, revision: int) -> None:
         """Sends an acknowledgement; on a stream that has ended, does nothing."""
-        request = node_sync_pb2.SyncRequest(ack=node_sync_pb2.SyncRequest.Ack(revision=revision))
+        await self._tell(
+            node_sync_pb2.SyncRequest(ack=node_sync_pb2.SyncRequest.Ack(revision=revision))
+        )
+
+    async def report(self, verifiers: Iterable[Verifier]) -> None:
+        """Sends who follows revocations through this node; as `acknowledge`."""
+        request = node_sync_pb2.SyncRequest()
+        request.verifiers.SetInParent()  # None is something to tell, too.
+        for each in verifiers:
+            request.verifiers.verifiers.add(name=each.name, revision=each.revision)
+        await self._tell(request)
+
+    async def _tell(self, request: node_sync_pb2.SyncRequest) -> None:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout), self._writing:
                 await _calling(_written(self._call, request))
         except (TimeoutError, IdentityError):
-            # Whoever reads the stream learns of it there; a broker that takes no
-            # acknowledgement for so long would let go of us anyway.
+            # Whoever reads the stream learns of it there; a broker that takes nothing for so
+            # long would let go of us anyway.
             self.cancel()
 
     def cancel(self) -> None:
