@@ -18,12 +18,18 @@ X.509, in the order a certificate is made
     authority_certificate
                   roots, intermediates and the requests for them
     chain         validation of an X.509-SVID against a trust bundle
+    distribution  where verifiers ask: the names of lists and responder, in certificates and lists
     crl           revocation lists, appended rather than rebuilt
+    ocsp          requests read, answers signed; several of each at once
+    ocsp_responder
+                  the short-lived certificate of the key that signs answers
+    ocsp_check    the asker's side: one request, and its answer verified
 
 JWT, trust and its life
     jwt           JwtIssuer and verify_jwt_svid
     jose          base64url, JSON and JWK, read strictly
     jws           the nine signature algorithms of JWT-SVID
+    statement     what became of a revocation, signed
     bundle        TrustBundle: SPIFFE JSON, JWKS, PEM
     authority     PREPARED -> ACTIVE -> OLD -> TAINTED -> REVOKED, a pure state machine
     upstream      who certifies our signing key, and the check of what came back

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AnswerRejected",
     "AudienceInvalid",
     "AuthorityTransitionError",
     "BackendMisconfigured",
@@ -24,6 +25,7 @@ __all__ = [
     "LintFailed",
     "ProfileViolation",
     "SpiffeIdError",
+    "StatementRejected",
     "TokenRejected",
     "UpstreamRejected",
 ]
@@ -98,10 +100,22 @@ class TokenRejected(CAError):
     reason: ClassVar[str] = "TOKEN_REJECTED"
 
 
+class StatementRejected(CAError):
+    """A revocation's statement that does not hold."""
+
+    reason: ClassVar[str] = "STATEMENT_REJECTED"
+
+
 class ChainRejected(CAError):
     """An X.509-SVID that does not validate against the bundle."""
 
     reason: ClassVar[str] = "PEER_REJECTED"
+
+
+class AnswerRejected(CAError):
+    """An OCSP answer that proves nothing about the certificate asked for."""
+
+    reason: ClassVar[str] = "OCSP_ANSWER_REJECTED"
 
 
 class BundleRejected(CAError):

@@ -1,6 +1,7 @@
-"""How a JWS signature is verified: the nine algorithms of JWT-SVID section 2.1 and no other.
+"""How a JWS is signed and verified: the nine algorithms of JWT-SVID section 2.1 and no other.
 
 - An algorithm knows which keys it fits; a key of another kind or curve verifies nothing with it.
+- A key of ours signs with one algorithm, the one its kind decides.
 - A signature has one spelling: ECDSA as r and s, each of the curve's full length.
 """
 
@@ -14,11 +15,25 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 
+from identity_ca.errors import ProfileViolation
 from identity_ca.jose import JwtPublicKey
+from identity_ca.keys import KeyAlgorithm
 
-__all__ = ["JWS_ALGORITHMS", "JwsAlgorithm"]
+__all__ = ["JWS_ALGORITHMS", "JwsAlgorithm", "jws_signature", "signing_algorithm"]
+
+_SIGNING: Final = {
+    KeyAlgorithm.EC_P256: "ES256",
+    KeyAlgorithm.EC_P384: "ES384",
+    KeyAlgorithm.RSA_2048: "RS256",
+    KeyAlgorithm.RSA_3072: "RS256",
+    KeyAlgorithm.RSA_4096: "RS256",
+}
+_ES_OCTETS: Final = {KeyAlgorithm.EC_P256: 32, KeyAlgorithm.EC_P384: 48}
 
 _Check = Callable[[JwtPublicKey, bytes, bytes], None]
 
@@ -93,3 +108,27 @@ JWS_ALGORITHMS: Final = _table(
     )
 )
 """The nine algorithms of JWT-SVID section 2.1, by name; no other exists."""
+
+
+def signing_algorithm(key: KeyAlgorithm) -> str:
+    """The `alg` that a key of this kind signs with.
+
+    Raises:
+        ProfileViolation: an Ed25519 key, for which JWT-SVID has no algorithm (J-3).
+    """
+    algorithm = _SIGNING.get(key)
+    if algorithm is None:
+        raise ProfileViolation(
+            f"a key of kind {key.value} cannot sign for JOSE here (J-3)",
+            hint="use an EC P-256 key",
+        )
+    return algorithm
+
+
+def jws_signature(signature: bytes, key: KeyAlgorithm) -> bytes:
+    """A `SigningKey`'s signature as JOSE wants it: ECDSA as r and s (RFC 7518 section 3.4)."""
+    octets = _ES_OCTETS.get(key)
+    if octets is None:
+        return signature
+    r, s = decode_dss_signature(signature)
+    return r.to_bytes(octets, "big") + s.to_bytes(octets, "big")

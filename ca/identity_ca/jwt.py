@@ -19,8 +19,6 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-
 from identity_ca.bundle import TrustBundle
 from identity_ca.errors import (
     AudienceInvalid,
@@ -36,8 +34,8 @@ from identity_ca.jose import (
     b64url_encode,
     parse_json_object,
 )
-from identity_ca.jws import JWS_ALGORITHMS, JwsAlgorithm
-from identity_ca.keys import KeyAlgorithm, SigningKey
+from identity_ca.jws import JWS_ALGORITHMS, JwsAlgorithm, jws_signature, signing_algorithm
+from identity_ca.keys import SigningKey
 from identity_ca.serial import new_jti
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
@@ -74,14 +72,6 @@ MIN_AUTHORITY_REMAINING: Final = timedelta(seconds=60)
 DEFAULT_LEEWAY: Final = timedelta(seconds=10)
 """How far clocks may differ (RFC 7519 section 4.1.4)."""
 
-_ISSUED_ALGORITHM: Final = {
-    KeyAlgorithm.EC_P256: "ES256",
-    KeyAlgorithm.EC_P384: "ES384",
-    KeyAlgorithm.RSA_2048: "RS256",
-    KeyAlgorithm.RSA_3072: "RS256",
-    KeyAlgorithm.RSA_4096: "RS256",
-}
-_ES_OCTETS: Final = {KeyAlgorithm.EC_P256: 32, KeyAlgorithm.EC_P384: 48}
 # A signature is the longest part not known when a token is prepared: RSA-4096.
 _MAX_SIGNATURE_CHARS: Final = 683
 _END_OF_TIME: Final = 253402300800  # 10000-01-01, the first second a datetime cannot hold
@@ -210,12 +200,7 @@ class JwtIssuer:
         key: SigningKey,
         not_after: datetime,
     ) -> None:
-        algorithm = _ISSUED_ALGORITHM.get(key.algorithm)
-        if algorithm is None:
-            raise ProfileViolation(
-                f"a key of kind {key.algorithm.value} cannot sign JWT-SVIDs (J-3)",
-                hint="use an EC P-256 key",
-            )
+        algorithm = signing_algorithm(key.algorithm)
         self.authority_id: Final[str] = authority_id
         self.trust_domain: Final[TrustDomain] = trust_domain
         self.algorithm: Final[str] = algorithm
@@ -301,8 +286,7 @@ class JwtIssuer:
         ]
 
     def _credential(self, prepared: PreparedJwt, signature: bytes) -> JwtCredential:
-        octets = _ES_OCTETS.get(self._key.algorithm)
-        raw = signature if octets is None else _der_to_raw(signature, octets)
+        raw = jws_signature(signature, self._key.algorithm)
         token = prepared.signing_input + b"." + b64url_encode(raw).encode("ascii")
         return JwtCredential(
             token=token.decode("ascii"),
@@ -356,12 +340,6 @@ def _too_long() -> AudienceInvalid:
 def _encode_json(members: Mapping[str, Any]) -> str:
     text = json.dumps(members, separators=(",", ":"), ensure_ascii=False)
     return b64url_encode(text.encode("utf-8"))
-
-
-def _der_to_raw(signature: bytes, octets: int) -> bytes:
-    """ECDSA as JOSE wants it: r and s, each of the curve's length (RFC 7518 section 3.4)."""
-    r, s = decode_dss_signature(signature)
-    return r.to_bytes(octets, "big") + s.to_bytes(octets, "big")
 
 
 # --- validating -----------------------------------------------------------------------------
