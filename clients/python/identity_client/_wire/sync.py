@@ -2,24 +2,32 @@
 
 - Nothing of a message that is refused is kept.
 - Order counts within a joined update: what a later piece says of an entry replaces what an earlier
-  one said.
+  one said. Within one message a revocation counts more than a release.
 - An entry without a selector is refused: every process would match it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from spiffe import TrustDomain
 
-from identity_api.broker.v1 import credential_pb2, node_sync_pb2, types_pb2
+from identity_api.broker.v1 import (
+    credential_pb2,
+    node_sync_pb2,
+    revocation_feed_pb2,
+    types_pb2,
+)
 from identity_client._wire.convert import time_from_wire
 from identity_client.errors import ProtocolViolation
 from identity_client.node.values import (
     SyncedBundle,
     SyncedEntry,
+    SyncedEpoch,
     SyncedJwtKey,
     SyncedRevocation,
     SyncUpdate,
@@ -28,6 +36,8 @@ from identity_client.node.values import (
 __all__ = ["SYNC_GAP", "UpdateReader"]
 
 SYNC_GAP = "SYNC_GAP"
+
+_T = TypeVar("_T")
 
 _KINDS = {
     credential_pb2.CREDENTIAL_KIND_X509: "x509",
@@ -98,7 +108,15 @@ class UpdateReader:
             joined.removed[entry_id] = None
         if message.HasField("bundle"):
             joined.bundle = self._bundle(message.bundle)
-        joined.revocations.extend(_revocation(one) for one in message.revocations)
+        for released_id in message.released_ids:
+            joined.revocations.pop(released_id, None)
+            joined.released[released_id] = None
+        for revoked in message.revocations:
+            joined.released.pop(revoked.id, None)
+            joined.revocations[revoked.id] = _revocation(revoked)
+        joined.epochs.extend(_epoch(one) for one in message.epochs)
+        if message.HasField("denied_authorities"):
+            joined.denied_authorities = _authorities(message.denied_authorities.ids)
         if message.HasField("lists"):
             joined.crls = tuple(message.lists.crls)
 
@@ -114,8 +132,11 @@ class UpdateReader:
             entries=tuple(joined.entries.values()),
             removed_ids=tuple(joined.removed),
             bundle=joined.bundle,
-            revocations=tuple(joined.revocations),
-            crls=() if joined.full and joined.crls is None else joined.crls,
+            revocations=tuple(joined.revocations.values()),
+            released_ids=() if joined.full else tuple(joined.released),
+            epochs=tuple(joined.epochs),
+            denied_authorities=_always(joined.denied_authorities, full=joined.full),
+            crls=_always(joined.crls, full=joined.full),
             entries_digest=last.entries_digest,
             sent_at=_moment(last.sent_at_ms),
             _acknowledge=self._acknowledge,
@@ -172,10 +193,13 @@ class _Joined:
     __slots__ = (
         "bundle",
         "crls",
+        "denied_authorities",
         "entries",
+        "epochs",
         "full",
         "octets",
         "previous",
+        "released",
         "removed",
         "revocations",
     )
@@ -186,24 +210,51 @@ class _Joined:
         self.entries: dict[str, SyncedEntry] = {}
         self.removed: dict[str, None] = {}
         self.bundle: SyncedBundle | None = None
-        self.revocations: list[SyncedRevocation] = []
+        self.revocations: dict[str, SyncedRevocation] = {}
+        self.released: dict[str, None] = {}
+        self.epochs: list[SyncedEpoch] = []
+        self.denied_authorities: tuple[str, ...] | None = None
         self.crls: tuple[bytes, ...] | None = None
         self.octets = 0
 
 
-def _revocation(message: credential_pb2.Revocation) -> SyncedRevocation:
+def _revocation(message: revocation_feed_pb2.RevokedCredential) -> SyncedRevocation:
     kind = _KINDS.get(message.kind)
     if kind is None or not message.id:
         raise ProtocolViolation("the broker sent a revocation of nothing that is known")
     return SyncedRevocation(
         id=message.id,
         kind="x509" if kind == "x509" else "jwt",
-        spiffe_id=message.spiffe_id,
+        # One text for the many credentials of an identity and of an authority.
+        spiffe_id=sys.intern(message.spiffe_id),
         expires_at=time_from_wire(message.expires_at),
         revoked_at=time_from_wire(message.revoked_at),
+        reason=message.reason,
+        authority_id=sys.intern(message.authority_id),
         entry_id=message.entry_id if message.instance else "",
         instance=message.instance if message.entry_id else "",
     )
+
+
+def _epoch(message: revocation_feed_pb2.IdentityEpoch) -> SyncedEpoch:
+    if not message.spiffe_id:
+        raise ProtocolViolation("the broker sent an epoch of no identity")
+    return SyncedEpoch(
+        spiffe_id=message.spiffe_id,
+        not_before=time_from_wire(message.not_before),
+        expires_at=time_from_wire(message.expires_at),
+    )
+
+
+def _authorities(ids: Sequence[str]) -> tuple[str, ...]:
+    if not all(ids):
+        raise ProtocolViolation("the broker denies an authority without an id")
+    return tuple(ids)
+
+
+def _always(told: tuple[_T, ...] | None, *, full: bool) -> tuple[_T, ...] | None:
+    """What was told; in a full state silence means none."""
+    return () if full and told is None else told
 
 
 def _time(seconds: int) -> datetime | None:

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from datetime import timedelta
 from typing import Final, Protocol
@@ -26,11 +27,14 @@ from identity_client.errors import (
     SourceClosed,
 )
 from identity_client.link import REPLACED, STREAM_CUT, BrokerLink, SyncCall
+from identity_client.node.reports import Reports
 from identity_client.node.settings import NodeSettings
 from identity_client.node.values import SyncEvent, SyncLost, SyncPosition, SyncUpdate
 from identity_client.renewal import MAX_DELAY, retry_delay
 
 __all__ = ["Follower"]
+
+_logger = logging.getLogger(__name__)
 
 _CAP: Final = timedelta(seconds=5)
 _MAX_SPREAD_MS: Final = 60_000
@@ -49,6 +53,7 @@ class _Keeper(Protocol):
     async def pause(self, delay: timedelta, moved: asyncio.Event) -> None: ...
     def heard(self) -> None: ...
     def heard_refusal(self, error: IdentityError, serial: str) -> None: ...
+    def heard_denied(self, authorities: Sequence[str]) -> None: ...
     def learn_bundle(self, message: types_pb2.TrustBundle) -> BundleSnapshot: ...
 
 
@@ -65,12 +70,14 @@ class Follower:
         settings: NodeSettings,
         link: BrokerLink,
         position: Callable[[], SyncPosition],
+        reports: Reports,
         dice: Callable[[], float],
     ) -> None:
         self._keeper = keeper
         self._settings = settings
         self._link = link
         self._position = position
+        self._reports = reports
         self._dice = dice
         self._call: SyncCall | None = None
         self._want_all = False
@@ -123,22 +130,32 @@ class Follower:
 
     async def _updates(self) -> AsyncGenerator[SyncUpdate, None]:
         call = self._call = self._link.sync()
+        reporting: asyncio.Task[None] | None = None
         try:
-            async for update in self._read(call):
+            at = await self._greet(call)
+            reporting = asyncio.create_task(self._reports.run(call), name="verifiers")
+            reporting.add_done_callback(_report_bug)
+            async for update in self._read(call, at):
                 yield update
         except IdentityError:
             if self._call is call:  # else it was we who ended it
                 raise
         finally:
+            if reporting is not None:
+                reporting.cancel()
             call.cancel()
 
-    async def _read(self, call: SyncCall) -> AsyncGenerator[SyncUpdate, None]:
+    async def _greet(self, call: SyncCall) -> SyncPosition:
+        """Says where the node stands; returns it."""
         at = SyncPosition() if self._want_all else self._position()
         await call.hello(
             resume_from=at.revision,
             entries_digest=at.digest if at.revision else 0,
             version=self._settings.version.encode()[:_MAX_VERSION_BYTES].decode(errors="ignore"),
         )
+        return at
+
+    async def _read(self, call: SyncCall, at: SyncPosition) -> AsyncGenerator[SyncUpdate, None]:
         reader = UpdateReader(self._settings.domain, at.revision, call.acknowledge)
         bundle: types_pb2.TrustBundle | None = None
         while self._call is call:
@@ -155,6 +172,8 @@ class Follower:
             if bundle is not None:
                 self._keeper.learn_bundle(bundle)
                 bundle = None
+            if update.denied_authorities:
+                self._keeper.heard_denied(update.denied_authorities)
             self.error = None
             if update.full:
                 self._want_all = False
@@ -180,3 +199,8 @@ class Follower:
         if failures == 1:
             delay = max(delay, self._spread * dice)
         return delay
+
+
+def _report_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (bug := task.exception()) is not None:
+        _logger.error("the broker is not told of verifiers any more; a bug", exc_info=bug)

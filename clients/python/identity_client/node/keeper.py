@@ -32,6 +32,7 @@ from identity_client.link import REPLACED, BrokerLink, issued_material
 from identity_client.node.batches import in_batches
 from identity_client.node.follow import Follower
 from identity_client.node.kept import KeptNode, NodeMemory
+from identity_client.node.reports import Reports
 from identity_client.node.settings import NodeSettings
 from identity_client.node.standing import (
     BANNED,
@@ -41,6 +42,8 @@ from identity_client.node.standing import (
     Doubt,
     HeldNode,
     phase_of,
+    rest_after,
+    rest_before_due,
 )
 from identity_client.node.trust import NodeTrust
 from identity_client.node.values import (
@@ -50,9 +53,10 @@ from identity_client.node.values import (
     NodeStatus,
     SyncEvent,
     SyncPosition,
+    Verifier,
     X509Request,
 )
-from identity_client.renewal import MAX_DELAY, retry_delay
+from identity_client.renewal import retry_delay
 
 __all__ = ["NodeKeeper"]
 
@@ -60,12 +64,7 @@ _logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# The wall clock may jump and machines sleep: due times are looked at again at least this often.
-_LONGEST_SLEEP = timedelta(seconds=60)
-_SHORTEST_SLEEP = timedelta(milliseconds=100)
 _INSIST_SECONDS = 1.0
-# To knock where nobody is costs little, and a broker that is back should soon find its nodes.
-_AWAY_CAP = timedelta(seconds=5)
 _PATIENCE = 5
 
 
@@ -105,6 +104,7 @@ class NodeKeeper:
         self._told: tuple[NodeStatus, BundleSnapshot | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._follower: Follower | None = None
+        self._reports = Reports()
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -244,7 +244,9 @@ class NodeKeeper:
         """
         if self._follower is not None:
             raise RuntimeError("this node is being followed already")
-        self._follower = Follower(self, self._settings, self._link, position, self._dice)
+        self._follower = Follower(
+            self, self._settings, self._link, position, self._reports, self._dice
+        )
         try:
             async with aclosing(self._follower.events()) as events:
                 async for event in events:
@@ -257,6 +259,17 @@ class NodeKeeper:
         """Drops the stream of `follow`; the next begins with the full state."""
         if self._follower is not None:
             self._follower.resync()
+
+    def report_verifiers(self, verifiers: Callable[[], Sequence[Verifier]]) -> None:
+        """Tells the broker who follows revocations through this node; to be called at every change.
+
+        It is told on the stream of `follow`: changes within 50 ms together, and everything again on
+        every new stream. Of more than 1,000 the rest is left out.
+
+        Args:
+            verifiers: all there are; called when they are told.
+        """
+        self._reports.change(verifiers)
 
     async def refresh_bundle(self) -> BundleSnapshot:
         """Asks for the bundle now; raises IdentityError when it cannot be had."""
@@ -341,6 +354,11 @@ class NodeKeeper:
             self._doubts(Doubt.IDENTITY)
             self._tell()
 
+    def heard_denied(self, authorities: Sequence[str]) -> None:
+        """Signatures of these authorities are refused: a node SVID of theirs is replaced."""
+        if self._node is not None and self._node.authority_id in authorities:
+            self._doubts(Doubt.IDENTITY)
+
     def _doubts(self, doubt: Doubt) -> None:
         if self._doubt is not Doubt.IDENTITY:
             self._doubt = doubt
@@ -371,10 +389,11 @@ class NodeKeeper:
             self._tell()
             if failures:
                 # Not to be woken: what is heard meanwhile is no reason to ask more often.
-                await asyncio.sleep(self._retry_in(failures).total_seconds())
+                rest = rest_after(failures, self._error, self._node, dice=self._dice())
+                await asyncio.sleep(rest.total_seconds())
                 continue
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._until_due().total_seconds()):
+                async with asyncio.timeout(rest_before_due(self._node).total_seconds()):
                     await self._wake.wait()
             if self._vain_doubts > 1:
                 delay = retry_delay(self._vain_doubts - 1, dice=self._dice())
@@ -449,22 +468,6 @@ class NodeKeeper:
     def _reconnect(self) -> None:
         if self._node is not None and self._connected.is_set():
             self._connect(self._node)
-
-    def _retry_in(self, failures: int) -> timedelta:
-        node, error = self._node, self._error
-        return retry_delay(
-            failures,
-            dice=self._dice(),
-            remaining=node.material.not_after - utc_now() if node else None,
-            retry_after=error.retry_after if error else None,
-            cap=_AWAY_CAP if error is not None and error.reason in NO_ANSWER else MAX_DELAY,
-        )
-
-    def _until_due(self) -> timedelta:
-        longest = _LONGEST_SLEEP
-        if self._node is not None:
-            longest = min(longest, self._node.due - utc_now())
-        return max(longest, _SHORTEST_SLEEP)
 
     def _tell(self) -> None:
         now = (self.status, self.bundle)

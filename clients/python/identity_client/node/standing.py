@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final, Self
 
@@ -22,9 +22,19 @@ from identity_client.errors import (
     SettingsInvalid,
 )
 from identity_client.node.values import NodePhase
-from identity_client.renewal import renewal_due
+from identity_client.renewal import MAX_DELAY, renewal_due, retry_delay
 
-__all__ = ["BANNED", "NODE_LOST", "NO_ANSWER", "TLS_FAILED", "Doubt", "HeldNode", "phase_of"]
+__all__ = [
+    "BANNED",
+    "NODE_LOST",
+    "NO_ANSWER",
+    "TLS_FAILED",
+    "Doubt",
+    "HeldNode",
+    "phase_of",
+    "rest_after",
+    "rest_before_due",
+]
 
 BANNED: Final = "NODE_BANNED"
 TLS_FAILED: Final = "BROKER_TLS_FAILED"
@@ -35,6 +45,11 @@ NODE_LOST: Final = frozenset(
 NO_ANSWER: Final = frozenset({TLS_FAILED, "BROKER_UNREACHABLE"})
 """Nobody answered; or somebody who does not accept our certificate, and could not say so."""
 
+# The wall clock may jump and machines sleep: due times are looked at again at least this often.
+_LONGEST_REST: Final = timedelta(seconds=60)
+_SHORTEST_REST: Final = timedelta(milliseconds=100)
+# To knock where nobody is costs little, and a broker that is back should soon find its nodes.
+_AWAY_CAP: Final = timedelta(seconds=5)
 _REFUSALS = (NotPermitted, NotAuthenticated, RequestRejected, SettingsInvalid)
 
 
@@ -69,6 +84,12 @@ class HeldNode:
         return cls(material, due, tick, reattestable)
 
     @property
+    def authority_id(self) -> str:
+        """Who signed it: the subject key identifier, hexadecimal; empty where it does not say."""
+        issuer = self.material.issuer
+        return issuer.key_id.hex() if issuer is not None else ""
+
+    @property
     def is_due(self) -> bool:
         """Whether it is time to renew it."""
         return utc_now() >= self.due or time.monotonic() >= self.due_tick
@@ -89,3 +110,24 @@ def phase_of(node: HeldNode | None, error: IdentityError | None) -> NodePhase:
     if isinstance(error, _REFUSALS):
         return NodePhase.REFUSED
     return NodePhase.ATTESTING
+
+
+def rest_after(
+    failures: int, error: IdentityError | None, node: HeldNode | None, *, dice: float
+) -> timedelta:
+    """How long to wait after so many failures in a row, the last of which was `error`."""
+    return retry_delay(
+        failures,
+        dice=dice,
+        remaining=node.material.not_after - utc_now() if node else None,
+        retry_after=error.retry_after if error else None,
+        cap=_AWAY_CAP if error is not None and error.reason in NO_ANSWER else MAX_DELAY,
+    )
+
+
+def rest_before_due(node: HeldNode | None) -> timedelta:
+    """How long to wait before looking at what is due again."""
+    longest = _LONGEST_REST
+    if node is not None:
+        longest = min(longest, node.due - utc_now())
+    return max(longest, _SHORTEST_REST)

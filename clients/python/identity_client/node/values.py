@@ -28,8 +28,10 @@ __all__ = [
     "SyncUpdate",
     "SyncedBundle",
     "SyncedEntry",
+    "SyncedEpoch",
     "SyncedJwtKey",
     "SyncedRevocation",
+    "Verifier",
     "X509Request",
     "entry_digest",
 ]
@@ -200,6 +202,9 @@ class SyncedRevocation:
 
     Attributes:
         id: serial number or jti, as in the broker's ledger.
+        reason: CRLReason (RFC 5280, section 5.3.1).
+        authority_id: who signed it, the subject key identifier in hexadecimal; X.509 only, and
+            empty where the broker does not say.
         entry_id, instance: the instance of the workload that is to get no other SVID of that
             entry, because one of its own was revoked by serial number; empty where it may.
     """
@@ -209,8 +214,22 @@ class SyncedRevocation:
     spiffe_id: str
     expires_at: datetime
     revoked_at: datetime
+    reason: int = 0
+    authority_id: str = ""
     entry_id: str = ""
     instance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncedEpoch:
+    """JWT-SVIDs of the identity whose `iat` is not after `not_before` are to be refused.
+
+    `expires_at`: no such token lives longer; the epoch may be forgotten then.
+    """
+
+    spiffe_id: str
+    not_before: datetime
+    expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +243,11 @@ class SyncUpdate:
         entries: new or changed ones, all of them when `full`; expired ones may be among them.
         removed_ids: entries the node may not ask for any more.
         bundle: when it changed; never None when `full`.
-        revocations: new ones, in the order they were sent.
+        revocations: new ones, in the order they were sent; all that are in force when `full`.
+        released_ids: credentials that are not revoked any more; none of `revocations`.
+        epochs: new ones, in the order they were sent; all that are in force when `full`.
+        denied_authorities: ids of all authorities whose signatures are to be refused, when they
+            changed; never None when `full`.
         crls: all current lists, when they changed; never None when `full`.
         entries_digest: what the node's entries must give once this is applied.
         sent_at: the broker's clock when it sent the last message of this.
@@ -237,6 +260,9 @@ class SyncUpdate:
     removed_ids: tuple[str, ...]
     bundle: SyncedBundle | None
     revocations: tuple[SyncedRevocation, ...]
+    released_ids: tuple[str, ...]
+    epochs: tuple[SyncedEpoch, ...]
+    denied_authorities: tuple[str, ...] | None
     crls: tuple[bytes, ...] | None = field(repr=False)
     entries_digest: int
     sent_at: datetime
@@ -251,6 +277,9 @@ class SyncUpdate:
             or self.removed_ids
             or self.bundle is not None
             or self.revocations
+            or self.released_ids
+            or self.epochs
+            or self.denied_authorities is not None
             or self.crls is not None
         )
 
@@ -271,3 +300,19 @@ class SyncLost:
 
 
 SyncEvent = SyncUpdate | SyncLost
+
+
+# --- what the node tells --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """Somebody who follows revocations through this node.
+
+    Attributes:
+        name: its SPIFFE ID, a slash and its process number.
+        revision: of the last revocations it has acknowledged; 0 before the first.
+    """
+
+    name: str
+    revision: int
