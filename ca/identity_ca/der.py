@@ -21,6 +21,7 @@ __all__ = [
     "DerError",
     "Reader",
     "element",
+    "element_head",
     "encode_integer",
     "encode_oid",
     "encode_time",
@@ -47,12 +48,19 @@ def element(tag: int, content: bytes) -> bytes:
     length = len(content)
     if length < 128:
         return bytes((tag, length)) + content
+    return element_head(tag, length) + content
+
+
+def element_head(tag: int, length: int) -> bytes:
+    """Tag and length of an element whose content of `length` bytes follows."""
+    if length < 128:
+        return bytes((tag, length))
     if length < 256:
-        return bytes((tag, 0x81, length)) + content
+        return bytes((tag, 0x81, length))
     if length < 65536:
-        return bytes((tag, 0x82, length >> 8, length & 0xFF)) + content
+        return bytes((tag, 0x82, length >> 8, length & 0xFF))
     size = (length.bit_length() + 7) // 8
-    return bytes((tag, 0x80 | size)) + length.to_bytes(size, "big") + content
+    return bytes((tag, 0x80 | size)) + length.to_bytes(size, "big")
 
 
 def encode_integer(value: int) -> bytes:

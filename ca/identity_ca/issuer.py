@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from identity_ca.authority_certificate import issuer_facts
 from identity_ca.csr import CertificateRequest, parse_csr, require_allowed
+from identity_ca.distribution import DistributionPoints, leaf_extensions, shard_of
 from identity_ca.errors import LintFailed, ProfileViolation, UpstreamRejected
 from identity_ca.keys import SigningKey
 from identity_ca.lint import BACKDATE, Expectations, lint_tbs
@@ -135,14 +136,17 @@ class X509Issuer:
         key: the private key of `chain[0]`.
         chain: the authority's own CA certificate, then the intermediates above it. A self-signed
             certificate in it is a root and is never handed out with a leaf.
+        points: where its certificates say that revocation is asked about; None for nowhere.
 
     Raises:
         UpstreamRejected: the chain is empty, its first certificate is not a CA or not of `key`.
     """
 
     __slots__ = (
+        "_crl_urls",
         "_facts",
         "_handed_out",
+        "_ocsp_url",
         "_template",
         "authority_id",
         "certificate",
@@ -159,6 +163,7 @@ class X509Issuer:
         trust_domain: TrustDomain,
         key: SigningKey,
         chain: Sequence[x509.Certificate],
+        points: DistributionPoints | None = None,
     ) -> None:
         if not chain:
             raise UpstreamRejected("an issuer needs its own CA certificate")
@@ -170,10 +175,13 @@ class X509Issuer:
         self.not_before: Final = own.not_valid_before_utc
         self.not_after: Final = own.not_valid_after_utc
         self._facts: Final = issuer_facts(own, key)
+        self._crl_urls: Final = () if points is None else points.shard_urls(authority_id)
+        self._ocsp_url: Final = "" if points is None else points.ocsp_url
         self._template: Final = LeafTemplate(
             issuer_name=self._facts.name,
             authority_key_id=self._facts.key_id,
             signature_algorithm=self._facts.signature_algorithm,
+            pointers=[leaf_extensions(url, self._ocsp_url) for url in self._crl_urls],
         )
         self._handed_out: Final = tuple(
             certificate.public_bytes(Encoding.DER)
@@ -231,10 +239,20 @@ class X509Issuer:
             spiffe_id=spiffe_id,
             dns_names=names,
         )
+        urls = self._crl_urls
         lint_tbs(
             tbs,
             profile,
-            Expectations(self._facts, spiffe_id, request.spki_der, not_before, not_after, names),
+            Expectations(
+                self._facts,
+                spiffe_id,
+                request.spki_der,
+                not_before,
+                not_after,
+                names,
+                crl_url=urls[shard_of(serial, len(urls))] if urls else "",
+                ocsp_url=self._ocsp_url,
+            ),
         )
         return PreparedX509(
             _MAKING,

@@ -32,6 +32,8 @@ _SUBJECT_KEY_ID: Final = bytes.fromhex("551d0e")
 _AUTHORITY_KEY_ID: Final = bytes.fromhex("551d23")
 _EXTENDED_KEY_USAGE: Final = bytes.fromhex("551d25")
 _NAME_CONSTRAINTS: Final = bytes.fromhex("551d1e")
+_CRL_DISTRIBUTION_POINTS: Final = bytes.fromhex("551d1f")
+_AUTHORITY_INFO_ACCESS: Final = bytes.fromhex("2b06010505070101")
 
 _LEAF_EXTENSIONS: Final = frozenset(
     {
@@ -43,6 +45,10 @@ _LEAF_EXTENSIONS: Final = frozenset(
         _EXTENDED_KEY_USAGE,
     }
 )
+_POINTING_LEAF_EXTENSIONS: Final = _LEAF_EXTENSIONS | {
+    _CRL_DISTRIBUTION_POINTS,
+    _AUTHORITY_INFO_ACCESS,
+}
 _CA_EXTENSIONS: Final = frozenset(
     {
         _KEY_USAGE,
@@ -62,6 +68,7 @@ _SERVER_AND_CLIENT: Final = (
     bytes.fromhex("301406082b0601050507030106082b06010505070302"),
 )
 _EMPTY_SUBJECT: Final = bytes.fromhex("3000")
+_OCSP: Final = bytes.fromhex("06082b06010505073001")
 
 _RSA_KEY: Final = bytes.fromhex("300d06092a864886f70d0101010500")
 _KEY_ALGORITHMS: Final = {
@@ -103,6 +110,7 @@ class Expectations:
         dns_names: every DNS SAN, in order.
         subject: the subject's name, DER; empty for a leaf.
         path_length: for a CA; None means no limit.
+        crl_url, ocsp_url: where a leaf says that revocation is asked about; empty for nowhere.
     """
 
     issuer: IssuerFacts
@@ -113,6 +121,8 @@ class Expectations:
     dns_names: tuple[str, ...] = ()
     subject: bytes = _EMPTY_SUBJECT
     path_length: int | None = None
+    crl_url: str = ""
+    ocsp_url: str = ""
 
 
 def lint_tbs(tbs: bytes, profile: X509Profile, expected: Expectations) -> None:
@@ -218,7 +228,12 @@ def _lint_key(tbs: bytes, start: int, end: int, profile: X509Profile) -> bytes:
 def _lint_leaf(
     extensions: dict[bytes, tuple[bool, bytes]], subject: bytes, expected: Expectations
 ) -> None:
-    _require(extensions.keys() == _LEAF_EXTENSIONS, "the extensions must be the profile's")
+    _require(
+        extensions.keys() == (_POINTING_LEAF_EXTENSIONS if expected.crl_url else _LEAF_EXTENSIONS),
+        "the extensions must be the profile's",
+    )
+    if expected.crl_url:
+        _lint_pointers(extensions, expected)
     _require(
         extensions[_KEY_USAGE] == _DIGITAL_SIGNATURE,
         "key usage must be critical and digitalSignature alone (X-8, X-9)",
@@ -248,6 +263,30 @@ def _lint_leaf(
     _require(
         stand_ins == ([] if own is None else [own.encode("ascii")]),
         "the one DNS SAN derived from a SPIFFE ID must be this one's",
+    )
+
+
+def _lint_pointers(extensions: dict[bytes, tuple[bool, bytes]], expected: Expectations) -> None:
+    critical, value = extensions[_CRL_DISTRIBUTION_POINTS]
+    at = end = 0
+    stops = {len(value)}
+    for tag in (0x30, 0x30, 0xA0, 0xA0, 0x86):
+        at, end = _enter(value, at, len(value), tag)
+        stops.add(end)
+    _require(
+        not critical and len(stops) == 1 and value[at:end] == expected.crl_url.encode("ascii"),
+        "the one CRL distribution point must be the list of the certificate's serial number",
+    )
+    critical, value = extensions[_AUTHORITY_INFO_ACCESS]
+    at, stop = _enter(value, 0, len(value), 0x30)
+    at, last = _enter(value, at, stop, 0x30)
+    uri, end = _enter(value, at + len(_OCSP), last, 0x86)
+    _require(
+        not critical
+        and end == last == stop == len(value)
+        and value[at : at + len(_OCSP)] == _OCSP
+        and value[uri:end] == expected.ocsp_url.encode("ascii"),
+        "the authority information access must be the OCSP responder alone",
     )
 
 

@@ -24,6 +24,7 @@ from identity_ca.der import (
     SEQUENCE,
     Reader,
     element,
+    element_head,
     encode_integer,
     encode_oid,
     encode_time,
@@ -94,7 +95,8 @@ def authority_key_id_extension(key_id: bytes) -> bytes:
 
 def assemble(tbs: bytes, signature_algorithm: bytes, signature: bytes) -> bytes:
     """The signed object (certificate or CRL) around its to-be-signed bytes."""
-    return element(SEQUENCE, tbs + signature_algorithm + element(BIT_STRING, b"\x00" + signature))
+    end = signature_algorithm + element(BIT_STRING, b"\x00" + signature)
+    return b"".join((element_head(SEQUENCE, len(tbs) + len(end)), tbs, end))
 
 
 _KEY_USAGE_LEAF: Final = encode_extension(
@@ -132,12 +134,19 @@ class LeafTemplate:
         issuer_name: the issuer's subject, DER.
         authority_key_id: the issuer's subject key identifier.
         signature_algorithm: AlgorithmIdentifier, DER.
+        pointers: the extensions that say where to ask about revocation, DER; those at position
+            serial number modulo their count are the certificate's. Empty for none.
     """
 
-    __slots__ = ("_after_names", "_before_names", "_issuer", "_signature_algorithm")
+    __slots__ = ("_after_names", "_before_names", "_issuer", "_pointers", "_signature_algorithm")
 
     def __init__(
-        self, *, issuer_name: bytes, authority_key_id: bytes, signature_algorithm: bytes
+        self,
+        *,
+        issuer_name: bytes,
+        authority_key_id: bytes,
+        signature_algorithm: bytes,
+        pointers: Sequence[bytes] = (),
     ) -> None:
         self._signature_algorithm: Final = signature_algorithm
         self._issuer: Final = signature_algorithm + issuer_name
@@ -145,6 +154,7 @@ class LeafTemplate:
             _KEY_USAGE_LEAF + _EXTENDED_KEY_USAGE + _NOT_A_CA + _KEY_ID_PREFIX
         )
         self._after_names: Final = authority_key_id_extension(authority_key_id)
+        self._pointers: Final = tuple(pointers)
 
     def encode(
         self,
@@ -165,6 +175,8 @@ class LeafTemplate:
             _SAN_OID + BOOLEAN_TRUE + element(OCTET_STRING, element(SEQUENCE, names)),
         )
         extensions = self._before_names + subject_key_id(spki) + self._after_names + san
+        if self._pointers:
+            extensions += self._pointers[serial % len(self._pointers)]
         return element(
             SEQUENCE,
             _V3

@@ -196,7 +196,7 @@ class RevocationLists:
             known.der = await sign_list(
                 self._signing,
                 authority,
-                encoded_entries=b"".join(encoded for encoded, _ in known.entries.values()),
+                encoded_entries=[encoded for encoded, _ in known.entries.values()],
                 number=self._number,
                 this_update=now - _BACKDATE,
                 next_update=now + self._validity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,10 +24,13 @@ async def sign_list(
     signing: Signing,
     authority: Authority,
     *,
-    encoded_entries: bytes,
+    encoded_entries: Sequence[bytes],
     number: int,
     this_update: datetime,
     next_update: datetime,
+    scope_url: str = "",
+    base_number: int | None = None,
+    delta_url: str = "",
 ) -> bytes:
     """Return the authority's revocation list, DER; the arguments are `identity_ca.crl.sign_crl`'s.
 
@@ -44,6 +48,9 @@ async def sign_list(
             number=number,
             this_update=this_update,
             next_update=next_update,
+            scope_url=scope_url,
+            base_number=base_number,
+            delta_url=delta_url,
         )
 
     return await signing.with_key(authority, sign)

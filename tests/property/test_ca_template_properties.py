@@ -8,13 +8,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from identity_ca.authority_certificate import issuer_facts
-from identity_ca.crl import RevokedEntry, build_crl
+from identity_ca.crl import RevokedEntry, build_crl, encode_entry, encode_removal, sign_crl
 from identity_ca.der import encode_integer, encode_oid
+from identity_ca.distribution import DistributionPoints, leaf_extensions, shard_of
 from identity_ca.keys import KeyAlgorithm, signature_hash, spki_der
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from identity_ca.template import (
@@ -39,9 +40,18 @@ ids = st.lists(segments, min_size=1, max_size=8).map(
 labels = st.text(string.ascii_lowercase, min_size=1, max_size=20)
 dns_names = st.lists(st.builds("{}.{}".format, labels, labels), max_size=20)
 algorithms = st.sampled_from(SIGNING_ALGORITHMS)
+bases = st.builds("http://{}:{}".format, labels, st.integers(1, 65535))
+points = st.one_of(st.none(), st.builds(DistributionPoints, bases, st.integers(1, 1024)))
 
 
-@given(serials, moments, st.timedeltas(timedelta(seconds=1), timedelta(days=365)), ids, dns_names)
+@given(
+    serials,
+    moments,
+    st.timedeltas(timedelta(seconds=1), timedelta(days=365)),
+    ids,
+    dns_names,
+    points,
+)
 @pytest.mark.parametrize("subject_algorithm", SIGNING_ALGORITHMS)
 def test_leaf_equals_the_builders(
     subject_algorithm: KeyAlgorithm,
@@ -50,6 +60,7 @@ def test_leaf_equals_the_builders(
     life: timedelta,
     spiffe_id: SpiffeId,
     names: list[str],
+    pointing: DistributionPoints | None,
 ) -> None:
     below = hierarchy(algorithm=KeyAlgorithm.EC_P256)
     issuer_key, own = below.issuer.key, below.intermediate
@@ -58,10 +69,13 @@ def test_leaf_equals_the_builders(
     spki = spki_der(subject_key)
     key_id = subject_key_id(spki)
     facts = issuer_facts(own, issuer_key)
+    urls = () if pointing is None else pointing.shard_urls("a1")
+    ocsp = "" if pointing is None else pointing.ocsp_url
     encoded = LeafTemplate(
         issuer_name=facts.name,
         authority_key_id=facts.key_id,
         signature_algorithm=facts.signature_algorithm,
+        pointers=[leaf_extensions(url, ocsp) for url in urls],
     ).encode(
         serial=serial,
         not_before=not_before,
@@ -70,7 +84,7 @@ def test_leaf_equals_the_builders(
         spiffe_id=spiffe_id,
         dns_names=names,
     )
-    built = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([]))
         .issuer_name(own.subject)
@@ -100,9 +114,27 @@ def test_leaf_equals_the_builders(
             ),
             critical=True,
         )
-        .sign(issuer_key.as_private_key(), signature_hash(issuer_key.algorithm))
     )
+    if urls:
+        builder = builder.add_extension(
+            x509.CRLDistributionPoints([point_at(urls[shard_of(serial, len(urls))])]),
+            critical=False,
+        ).add_extension(
+            x509.AuthorityInformationAccess(
+                [
+                    x509.AccessDescription(
+                        AuthorityInformationAccessOID.OCSP, x509.UniformResourceIdentifier(ocsp)
+                    )
+                ]
+            ),
+            critical=False,
+        )
+    built = builder.sign(issuer_key.as_private_key(), signature_hash(issuer_key.algorithm))
     assert encoded == built.tbs_certificate_bytes
+
+
+def point_at(url: str) -> x509.DistributionPoint:
+    return x509.DistributionPoint([x509.UniformResourceIdentifier(url)], None, None, None)
 
 
 @settings(max_examples=30)
@@ -177,49 +209,65 @@ REASONS = {
     9: x509.ReasonFlags.privilege_withdrawn,
     10: x509.ReasonFlags.aa_compromise,
 }
-distribution_points = st.one_of(
-    st.none(),
-    st.text(string.ascii_lowercase, min_size=1, max_size=60).map(
-        lambda path: x509.IssuingDistributionPoint(
-            full_name=[x509.UniformResourceIdentifier(f"http://crl.example.org/{path}")],
-            relative_name=None,
-            only_contains_user_certs=True,
-            only_contains_ca_certs=False,
-            only_some_reasons=None,
-            indirect_crl=False,
-            only_contains_attribute_certs=False,
-        )
-    ),
-)
+urls = st.text(string.ascii_lowercase, max_size=200).map(lambda path: path and f"http://a/{path}")
+reductions = st.one_of(st.none(), st.integers(0, 1 << 60))
 
 
 @settings(max_examples=60)
 @given(
     st.lists(revoked, max_size=12, unique_by=lambda entry: entry.serial),
-    st.integers(0, (1 << 159) - 1),
+    st.lists(st.tuples(st.integers(1, 1 << 150), moments), max_size=3),
+    st.integers(1 << 60, (1 << 159) - 1),
     moments,
     algorithms,
-    distribution_points,
+    urls,
+    urls,
+    reductions,
 )
 def test_crl_equals_the_builders(
     entries: list[RevokedEntry],
+    removed: list[tuple[int, datetime]],
     number: int,
     this_update: datetime,
     algorithm: KeyAlgorithm,
-    distribution_point: x509.IssuingDistributionPoint | None,
+    scope_url: str,
+    delta_url: str,
+    base_number: int | None,
 ) -> None:
+    """Full, a part, a delta; a delta alone takes entries back."""
+    if base_number is None:
+        removed = []
+    else:
+        delta_url = ""
     issuer = hierarchy(algorithm=KeyAlgorithm.EC_P256).issuer
     if algorithm in (KeyAlgorithm.EC_P384, KeyAlgorithm.RSA_2048):
         issuer = hierarchy(algorithm=algorithm).issuer
     next_update = this_update + timedelta(hours=1)
-    der = build_crl(
+    der = sign_crl(
         issuer=issuer,
-        entries=entries,
+        encoded_entries=[
+            b"".join(map(encode_entry, entries)),
+            *(encode_removal(serial, at) for serial, at in removed),
+        ],
         number=number,
         this_update=this_update,
         next_update=next_update,
-        issuing_distribution_point=distribution_point,
+        scope_url=scope_url,
+        base_number=base_number,
+        delta_url=delta_url,
     )
+    if not removed:
+        again = build_crl(
+            issuer=issuer,
+            entries=entries,
+            number=number,
+            this_update=this_update,
+            next_update=next_update,
+            scope_url=scope_url,
+            base_number=base_number,
+            delta_url=delta_url,
+        )
+        assert tbs_of(again) == tbs_of(der)
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.certificate.subject)
@@ -233,8 +281,12 @@ def test_crl_equals_the_builders(
         )
         .add_extension(x509.CRLNumber(number), critical=False)
     )
-    if distribution_point is not None:
-        builder = builder.add_extension(distribution_point, critical=True)
+    if base_number is not None:
+        builder = builder.add_extension(x509.DeltaCRLIndicator(base_number), critical=True)
+    if scope_url:
+        builder = builder.add_extension(part_at(scope_url), critical=True)
+    if delta_url:
+        builder = builder.add_extension(x509.FreshestCRL([point_at(delta_url)]), critical=False)
     for entry in entries:
         one = (
             x509.RevokedCertificateBuilder()
@@ -244,12 +296,36 @@ def test_crl_equals_the_builders(
         if entry.reason:
             one = one.add_extension(x509.CRLReason(REASONS[entry.reason]), critical=False)
         builder = builder.add_revoked_certificate(one.build())
+    for serial, at in removed:
+        builder = builder.add_revoked_certificate(
+            x509.RevokedCertificateBuilder()
+            .serial_number(serial)
+            .revocation_date(at)
+            .add_extension(x509.CRLReason(x509.ReasonFlags.remove_from_crl), critical=False)
+            .build()
+        )
     built = builder.sign(issuer.key.as_private_key(), signature_hash(issuer.key.algorithm))
     ours = x509.load_der_x509_crl(der)
     assert ours.tbs_certlist_bytes == built.tbs_certlist_bytes
     public_key = issuer.certificate.public_key()
     assert ours.is_signature_valid(public_key)  # type: ignore[arg-type]
     assert ours.public_bytes(Encoding.DER) == der
+
+
+def tbs_of(crl: bytes) -> bytes:
+    return x509.load_der_x509_crl(crl).tbs_certlist_bytes
+
+
+def part_at(url: str) -> x509.IssuingDistributionPoint:
+    return x509.IssuingDistributionPoint(
+        full_name=[x509.UniformResourceIdentifier(url)],
+        relative_name=None,
+        only_contains_user_certs=True,
+        only_contains_ca_certs=False,
+        only_some_reasons=None,
+        indirect_crl=False,
+        only_contains_attribute_certs=False,
+    )
 
 
 @given(st.integers(0, 1 << 200))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from identity_ca.crl import RevokedEntry, build_crl, encode_entry, sign_crl
+from identity_ca.crl import RevokedEntry, build_crl, encode_entry, encode_removal, sign_crl
+from identity_ca.distribution import DistributionPoints, Shard, shard_of
 from identity_ca.errors import ProfileViolation, UpstreamRejected
 from identity_ca.keys import KeyAlgorithm, LocalSigningKey
 from support.ca import HOUR, ca_extensions, forge, hierarchy, key_usage, replaced
@@ -63,7 +64,7 @@ def test_entries_are_appended_not_rebuilt() -> None:
     kept = [encode_entry(RevokedEntry(serial, NOW)) for serial in range(1, 1001)]
     der = sign_crl(
         issuer=ISSUER,
-        encoded_entries=b"".join(kept),
+        encoded_entries=kept,
         number=2,
         this_update=NOW,
         next_update=NOW + HOUR,
@@ -135,26 +136,100 @@ def test_only_a_ca_that_may_signs_lists() -> None:
             )
 
 
+def extension(der: bytes, kind: type[x509.ExtensionType]) -> x509.Extension[x509.ExtensionType]:
+    return x509.load_der_x509_crl(der).extensions.get_extension_for_class(kind)
+
+
 def test_a_part_of_the_certificates() -> None:
-    point = x509.IssuingDistributionPoint(
-        full_name=[x509.UniformResourceIdentifier("http://crl.example.org/7")],
-        relative_name=None,
-        only_contains_user_certs=True,
-        only_contains_ca_certs=False,
-        only_some_reasons=None,
-        indirect_crl=False,
-        only_contains_attribute_certs=False,
+    url = "http://crl.example.org/crl/a1/7-of-64.crl"
+    found = extension(signed(scope_url=url), x509.IssuingDistributionPoint)
+    assert found.critical
+    assert isinstance(found.value, x509.IssuingDistributionPoint)
+    assert found.value.full_name == [x509.UniformResourceIdentifier(url)]
+    assert found.value.only_contains_user_certs
+
+
+def test_a_full_list_says_where_its_delta_is_and_the_delta_what_it_builds_on() -> None:
+    url = "http://crl.example.org/crl/a1/delta.crl"
+    freshest = extension(signed(delta_url=url), x509.FreshestCRL)
+    assert not freshest.critical
+    assert isinstance(freshest.value, x509.FreshestCRL)
+    [point] = freshest.value
+    assert point.full_name == [x509.UniformResourceIdentifier(url)]
+    delta = signed(
+        base_number=40,
+        entries=[encode_entry(RevokedEntry(7, NOW, 6)), encode_removal(8, NOW)],
     )
-    der = build_crl(
+    indicator = extension(delta, x509.DeltaCRLIndicator)
+    assert indicator.critical
+    assert indicator.value == x509.DeltaCRLIndicator(40)
+    reasons = [
+        entry.extensions.get_extension_for_class(x509.CRLReason).value.reason
+        for entry in x509.load_der_x509_crl(delta)
+    ]
+    assert reasons == [x509.ReasonFlags.certificate_hold, x509.ReasonFlags.remove_from_crl]
+
+
+def signed(
+    *,
+    entries: Sequence[bytes] = (),
+    scope_url: str = "",
+    base_number: int | None = None,
+    delta_url: str = "",
+) -> bytes:
+    return sign_crl(
         issuer=ISSUER,
-        entries=[],
-        number=1,
+        encoded_entries=entries,
+        number=41,
         this_update=NOW,
         next_update=NOW + HOUR,
-        issuing_distribution_point=point,
+        scope_url=scope_url,
+        base_number=base_number,
+        delta_url=delta_url,
     )
-    parsed = x509.load_der_x509_crl(der)
-    found = parsed.extensions.get_extension_for_class(x509.IssuingDistributionPoint)
-    assert found.critical
-    assert found.value == point
-    assert parsed.public_bytes(Encoding.DER) == der
+
+
+def test_impossible_deltas() -> None:
+    for base in (-1, 42):
+        with pytest.raises(ProfileViolation, match="base"):
+            signed(base_number=base)
+    with pytest.raises(ProfileViolation, match="delta"):
+        signed(base_number=1, delta_url="http://crl.example.org/d")
+    with pytest.raises(ProfileViolation, match="serial"):
+        encode_removal(0, NOW)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 6, 1_640, 430_000])
+def test_lists_of_every_length_of_length(size: int) -> None:
+    """The entries' length takes one to four octets."""
+    kept = [encode_entry(RevokedEntry(serial, NOW)) for serial in range(1, size + 1)]
+    assert len(x509.load_der_x509_crl(signed(entries=kept))) == size
+
+
+def test_the_part_is_a_public_rule_and_its_name_says_of_how_many() -> None:
+    points = DistributionPoints("http://idb.example.org:8082", 64)
+    serial = int(hierarchy().issue().serial, 16)
+    shard = Shard(shard_of(serial, points.shards), points.shards)
+    assert shard.number == serial % 64
+    url = points.shard_url("a1", shard)
+    assert url == f"http://idb.example.org:8082/crl/a1/{serial % 64}-of-64.crl"
+    assert points.shard_urls("a1")[shard.number] == url
+    assert Shard.parse(str(shard)) == shard
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "5", "64-of-64", "-1-of-64", "05-of-64", "5-of-064", "5-of-1025", "0-of-0", "5-OF-64"],
+)
+def test_what_names_no_part(name: str) -> None:
+    with pytest.raises(ProfileViolation, match="no such part"):
+        Shard.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("base", "shards"),
+    [("", 64), ("http://bücher.example", 64), (f"http://{'a' * 600}", 64), ("http://a", 0)],
+)
+def test_what_cannot_stand_in_a_certificate(base: str, shards: int) -> None:
+    with pytest.raises(ProfileViolation):
+        DistributionPoints(base, shards)

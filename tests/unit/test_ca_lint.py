@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID
 
 from identity_ca.authority_certificate import issuer_facts
 from identity_ca.errors import LintFailed
@@ -58,6 +58,29 @@ ALL: Extensions = (
     (x509.SubjectKeyIdentifier(subject_key_id(SPKI)), False),
     (x509.AuthorityKeyIdentifier(FACTS.key_id, None, None), False),
 )
+
+
+CRL_URL = "http://idb.example.org:8082/crl/a1/5-of-64.crl"
+OCSP_URL = "http://idb.example.org:8082/ocsp"
+POINTING_EXPECTED = dataclasses.replace(GOOD, crl_url=CRL_URL, ocsp_url=OCSP_URL)
+
+
+def lists_at(*urls: str) -> x509.CRLDistributionPoints:
+    return x509.CRLDistributionPoints(
+        x509.DistributionPoint([x509.UniformResourceIdentifier(url)], None, None, None)
+        for url in urls
+    )
+
+
+def answers_at(
+    *urls: str, method: x509.ObjectIdentifier = AuthorityInformationAccessOID.OCSP
+) -> x509.AuthorityInformationAccess:
+    return x509.AuthorityInformationAccess(
+        x509.AccessDescription(method, x509.UniformResourceIdentifier(url)) for url in urls
+    )
+
+
+POINTING: Extensions = (*ALL, (lists_at(CRL_URL), False), (answers_at(OCSP_URL), False))
 
 
 def tbs(
@@ -171,6 +194,40 @@ CASES: dict[str, tuple[Extensions, str]] = {
 def test_x_1_to_x_10_wrong_extensions(case: str) -> None:
     extensions, rule = CASES[case]
     assert rule in refused(tbs(extensions))
+
+
+def test_where_revocation_is_asked_about() -> None:
+    lint_tbs(tbs(POINTING), WORKLOAD, POINTING_EXPECTED)
+    lint_tbs(tbs(tuple(reversed(POINTING))), WORKLOAD, POINTING_EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "rule"),
+    [
+        (ALL, "extensions"),
+        (without(POINTING, x509.AuthorityInformationAccess), "extensions"),
+        (replaced(POINTING, lists_at(CRL_URL), critical=True), "distribution point"),
+        (replaced(POINTING, lists_at(OCSP_URL), critical=False), "distribution point"),
+        (replaced(POINTING, lists_at(CRL_URL, CRL_URL), critical=False), "distribution point"),
+        (replaced(POINTING, answers_at(OCSP_URL), critical=True), "OCSP"),
+        (replaced(POINTING, answers_at(CRL_URL), critical=False), "OCSP"),
+        (replaced(POINTING, answers_at(OCSP_URL, OCSP_URL), critical=False), "OCSP"),
+        (
+            replaced(
+                POINTING,
+                answers_at(OCSP_URL, method=AuthorityInformationAccessOID.CA_ISSUERS),
+                critical=False,
+            ),
+            "OCSP",
+        ),
+    ],
+)
+def test_wrong_places_to_ask(extensions: Extensions, rule: str) -> None:
+    assert rule in refused(tbs(extensions), POINTING_EXPECTED)
+
+
+def test_nowhere_to_ask_unless_told_where() -> None:
+    assert "extensions" in refused(tbs(POINTING))
 
 
 @pytest.mark.clause("X-3")
@@ -402,6 +459,7 @@ def extension(whole: Element, oid: str) -> Element:
 
 KINDS: dict[str, tuple[Callable[[], bytes], X509Profile, Expectations]] = {
     "leaf": (tbs, WORKLOAD, GOOD),
+    "pointing leaf": (lambda: tbs(POINTING), WORKLOAD, POINTING_EXPECTED),
     "authority": (authority, INTERMEDIATE, CA),
 }
 
