@@ -151,6 +151,10 @@ class Directory:
         """Whether the credential with that serial or jti is revoked."""
         return credential_id in self._denials.revocations
 
+    def revocation(self, credential_id: str) -> Revocation | None:
+        """Return the revocation of the credential with that serial or jti, or None."""
+        return self._denials.revocations.get(credential_id)
+
     def revocations(self) -> list[Revocation]:
         """Return every revocation whose credential may not have expired yet."""
         return list(self._denials.revocations.values())
