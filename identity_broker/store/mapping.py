@@ -58,11 +58,13 @@ def from_micros(micros: int) -> datetime:
     return _EPOCH + timedelta(microseconds=micros)
 
 
-def _optional_micros(instant: datetime | None) -> int | None:
+def optional_micros(instant: datetime | None) -> int | None:
+    """Microseconds since the epoch; None for none."""
     return None if instant is None else to_micros(instant)
 
 
-def _optional_instant(micros: int | None) -> datetime | None:
+def optional_instant(micros: int | None) -> datetime | None:
+    """The instant, in UTC; None for none."""
     return None if micros is None else from_micros(micros)
 
 
@@ -89,7 +91,8 @@ def _ders_from_text(text: str) -> tuple[bytes, ...]:
 # Parents, nodes and selectors repeat in thousands of rows; parsing them once is what makes loading
 # 100,000 entries a matter of seconds, and sharing the values saves the memory.
 @lru_cache(maxsize=16_384)
-def _spiffe_id(text: str) -> SpiffeId:
+def spiffe_id_from(text: str) -> SpiffeId:
+    """The SPIFFE ID, shared with other rows."""
     return SpiffeId.parse(text)
 
 
@@ -140,11 +143,12 @@ def entry_values(entry: RegistrationEntry) -> Values:
         "admin": entry.admin,
         "downstream": entry.downstream,
         "disabled": entry.disabled,
-        "expires_at": _optional_micros(entry.expires_at),
+        "expires_at": optional_micros(entry.expires_at),
         "owner": entry.owner,
         "labels": _to_json(dict(entry.labels)),
         "per_process": entry.per_process,
         "key_algorithm": "" if entry.key_algorithm is None else entry.key_algorithm.value,
+        "held_by": entry.held_by,
         "revision": entry.revision,
         "created_at": to_micros(entry.created_at),
         "updated_at": to_micros(entry.updated_at),
@@ -163,8 +167,8 @@ def entry_from_row(row: Any, selectors: Iterable[Selector]) -> RegistrationEntry
     """The entry of a row of `entries` and its selectors."""
     return RegistrationEntry(
         id=row.id,
-        spiffe_id=_spiffe_id(row.spiffe_id),
-        parent_id=_spiffe_id(row.parent_id),
+        spiffe_id=spiffe_id_from(row.spiffe_id),
+        parent_id=spiffe_id_from(row.parent_id),
         selectors=frozenset(selectors),
         x509_ttl=_span_from_micros(row.x509_ttl),
         jwt_ttl=_span_from_micros(row.jwt_ttl),
@@ -176,11 +180,12 @@ def entry_from_row(row: Any, selectors: Iterable[Selector]) -> RegistrationEntry
         admin=bool(row.admin),
         downstream=bool(row.downstream),
         disabled=bool(row.disabled),
-        expires_at=_optional_instant(row.expires_at),
+        expires_at=optional_instant(row.expires_at),
         owner=row.owner,
         labels=_NO_LABELS if row.labels == "{}" else MappingProxyType(json.loads(row.labels)),
         per_process=bool(row.per_process),
         key_algorithm=KeyAlgorithm(row.key_algorithm) if row.key_algorithm else None,
+        held_by=row.held_by,
         revision=row.revision,
         created_at=from_micros(row.created_at),
         updated_at=from_micros(row.updated_at),
@@ -208,7 +213,7 @@ def node_values(node: Node) -> Values:
 def node_from_row(row: Any) -> Node:
     """The node of a row of `nodes`."""
     return Node(
-        spiffe_id=_spiffe_id(row.spiffe_id),
+        spiffe_id=spiffe_id_from(row.spiffe_id),
         attestor=row.attestor,
         selectors=frozenset(
             selector_from(kind, value) for kind, value in json.loads(row.selectors)
@@ -229,7 +234,7 @@ def join_token_values(token: JoinToken) -> Values:
         "node_id": str(token.node_id),
         "expires_at": to_micros(token.expires_at),
         "created_at": to_micros(token.created_at),
-        "used_at": _optional_micros(token.used_at),
+        "used_at": optional_micros(token.used_at),
     }
 
 
@@ -237,10 +242,10 @@ def join_token_from_row(row: Any) -> JoinToken:
     """The token of a row of `join_tokens`."""
     return JoinToken(
         token_hash=row.token_hash,
-        node_id=_spiffe_id(row.node_id),
+        node_id=spiffe_id_from(row.node_id),
         expires_at=from_micros(row.expires_at),
         created_at=from_micros(row.created_at),
-        used_at=_optional_instant(row.used_at),
+        used_at=optional_instant(row.used_at),
     )
 
 
@@ -294,9 +299,10 @@ def credential_values(credential: Credential) -> Values:
         **dict(zip(INTENT_COLUMNS, intent_row(credential.intent), strict=True)),
         "state": credential.state.value,
         "digest": credential.digest,
-        "revoked_at": _optional_micros(credential.revoked_at),
+        "revoked_at": optional_micros(credential.revoked_at),
         "reason": None if credential.reason is None else int(credential.reason),
         "comment": credential.comment,
+        "order_id": credential.order_id,
     }
 
 
@@ -306,10 +312,10 @@ def credential_from_row(row: Any) -> Credential:
         intent=CredentialIntent(
             id=row.id,
             kind=CredentialKind(row.kind),
-            spiffe_id=_spiffe_id(row.spiffe_id),
+            spiffe_id=spiffe_id_from(row.spiffe_id),
             entry_id=row.entry_id,
             entry_revision=row.entry_revision,
-            node_id=None if row.node_id is None else _spiffe_id(row.node_id),
+            node_id=None if row.node_id is None else spiffe_id_from(row.node_id),
             authority_id=row.authority_id,
             key_fingerprint=row.key_fingerprint,
             tbs_digest=row.tbs_digest,
@@ -321,9 +327,10 @@ def credential_from_row(row: Any) -> Credential:
         ),
         state=CredentialState(row.state),
         digest=row.digest,
-        revoked_at=_optional_instant(row.revoked_at),
+        revoked_at=optional_instant(row.revoked_at),
         reason=None if row.reason is None else RevocationReason(row.reason),
         comment=row.comment,
+        order_id=row.order_id,
     )
 
 
@@ -348,14 +355,14 @@ def revocation_from_row(row: Any) -> Revocation:
     return Revocation(
         id=row.id,
         kind=CredentialKind(row.kind),
-        spiffe_id=_spiffe_id(row.spiffe_id),
+        spiffe_id=spiffe_id_from(row.spiffe_id),
         revoked_at=from_micros(row.revoked_at),
         expires_at=from_micros(row.not_after),
         reason=RevocationReason(row.reason),
         comment=row.comment,
         authority_id=row.authority_id,
         entry_id=row.entry_id,
-        node_id=None if row.node_id is None else _spiffe_id(row.node_id),
+        node_id=None if row.node_id is None else spiffe_id_from(row.node_id),
         instance=row.instance,
         singled_out=bool(row.singled_out),
     )

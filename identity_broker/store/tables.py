@@ -28,8 +28,7 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel
 
-from identity_broker.domain.credential import CredentialKind, CredentialState, RevocationReason
-from identity_broker.domain.events import Topic
+from identity_broker.domain.credential import CredentialKind, CredentialState
 from identity_ca.authority import AuthorityKind, AuthorityState
 
 UNREVOKED = "state <> 'revoked'"
@@ -38,12 +37,15 @@ again: the clock that expired it may have been wrong."""
 DEAD = "state IN ('revoked', 'expired')"
 EXPIRABLE = "state IN ('issued', 'unconfirmed', 'superseded')"
 UNANSWERED = "state = 'intent'"
+ORDERED = "order_id <> ''"
+HELD = "held_by <> ''"
 
 # SQLite numbers rows by its 64-bit rowid only for the exact type INTEGER.
-_Number = BigInteger().with_variant(Integer(), "sqlite")
+Number = BigInteger().with_variant(Integer(), "sqlite")
 
 
-def _one_of(column: str, values: Any) -> str:
+def one_of(column: str, values: Any) -> str:
+    """The condition that a column holds a value of an enum."""
     return f"{column} IN ({', '.join(repr(value.value) for value in values)})"
 
 
@@ -87,6 +89,12 @@ class EntryRow(Row, table=True):
         UniqueConstraint("hint_key", name="uq_entries_hint_key"),
         Index("ix_entries_spiffe_id", "spiffe_id"),
         Index("ix_entries_parent_id", "parent_id"),
+        Index(
+            "ix_entries_held_by",
+            "held_by",
+            sqlite_where=text(HELD),
+            postgresql_where=text(HELD),
+        ),
         CheckConstraint("length(id) BETWEEN 1 AND 64", name="id"),
         CheckConstraint("spiffe_id <> parent_id", name="parent"),
         CheckConstraint("length(identity_key) = 64", name="identity_key"),
@@ -121,6 +129,9 @@ class EntryRow(Row, table=True):
         default=False, nullable=False, sa_column_kwargs={"server_default": false()}
     )
     key_algorithm: str = Field(
+        default="", sa_type=Text, nullable=False, sa_column_kwargs={"server_default": text("''")}
+    )
+    held_by: str = Field(
         default="", sa_type=Text, nullable=False, sa_column_kwargs={"server_default": text("''")}
     )
     revision: int = Field(sa_type=BigInteger, nullable=False)
@@ -186,7 +197,8 @@ class JoinTokenRow(Row, table=True):
 class CredentialRow(Row, table=True):
     """The ledger: one row for every credential the broker set out to issue.
 
-    `singled_out` says that it was revoked by its own id, not with an identity or a node.
+    `singled_out` says that it was revoked by its own id, not with an identity or a node;
+    `order_id` by which order, empty when by none.
     """
 
     __tablename__ = "credentials"
@@ -225,9 +237,17 @@ class CredentialRow(Row, table=True):
             sqlite_where=text(DEAD),
             postgresql_where=text(DEAD),
         ),
+        # Nothing that is issued is in it: only what an order has revoked.
+        Index(
+            "ix_credentials_order_id",
+            "order_id",
+            "seq",
+            sqlite_where=text(ORDERED),
+            postgresql_where=text(ORDERED),
+        ),
         CheckConstraint("length(id) > 0", name="id"),
-        CheckConstraint(_one_of("kind", CredentialKind), name="kind"),
-        CheckConstraint(_one_of("state", CredentialState), name="state"),
+        CheckConstraint(one_of("kind", CredentialKind), name="kind"),
+        CheckConstraint(one_of("state", CredentialState), name="state"),
         CheckConstraint("not_after > not_before", name="validity"),
         CheckConstraint("state <> 'issued' OR digest <> ''", name="issued"),
         CheckConstraint(
@@ -235,14 +255,12 @@ class CredentialRow(Row, table=True):
             " AND (state = 'revoked') = (reason IS NOT NULL)",
             name="revoked",
         ),
-        CheckConstraint(
-            f"reason IS NULL OR reason IN ({', '.join(str(int(r)) for r in RevocationReason)})",
-            name="reason",
-        ),
+        # All of RFC 5280, section 5.3.1, not only what is used: SQLite cannot change it later.
+        CheckConstraint("reason IS NULL OR reason BETWEEN 0 AND 10", name="reason"),
         {"sqlite_autoincrement": True},
     )
 
-    seq: int | None = Field(default=None, sa_type=_Number, primary_key=True)
+    seq: int | None = Field(default=None, sa_type=Number, primary_key=True)
     id: str = Field(sa_type=Text, nullable=False)
     kind: str = Field(sa_type=Text, nullable=False)
     state: str = Field(sa_type=Text, nullable=False)
@@ -267,6 +285,9 @@ class CredentialRow(Row, table=True):
     singled_out: bool = Field(
         default=False, nullable=False, sa_column_kwargs={"server_default": false()}
     )
+    order_id: str = Field(
+        default="", sa_type=Text, nullable=False, sa_column_kwargs={"server_default": text("''")}
+    )
 
 
 class AuthorityRow(Row, table=True):
@@ -289,8 +310,8 @@ class AuthorityRow(Row, table=True):
             postgresql_where=text("state = 'prepared'"),
         ),
         UniqueConstraint("kind", "position", name="uq_authorities_position"),
-        CheckConstraint(_one_of("kind", AuthorityKind), name="kind"),
-        CheckConstraint(_one_of("state", AuthorityState), name="state"),
+        CheckConstraint(one_of("kind", AuthorityKind), name="kind"),
+        CheckConstraint(one_of("state", AuthorityState), name="state"),
         CheckConstraint("not_after > not_before", name="validity"),
     )
 
@@ -314,7 +335,7 @@ class AuthoritySetRow(Row, table=True):
 
     __tablename__ = "authority_sets"
     __table_args__ = (
-        CheckConstraint(_one_of("kind", AuthorityKind), name="kind"),
+        CheckConstraint(one_of("kind", AuthorityKind), name="kind"),
         CheckConstraint("version >= 1", name="version"),
     )
 
@@ -333,7 +354,7 @@ class AuditRow(Row, table=True):
         {"sqlite_autoincrement": True},
     )
 
-    seq: int | None = Field(default=None, sa_type=_Number, primary_key=True)
+    seq: int | None = Field(default=None, sa_type=Number, primary_key=True)
     at: int = Field(sa_type=BigInteger, nullable=False)
     kind: str = Field(sa_type=Text, nullable=False)
     actor: str = Field(sa_type=Text, nullable=False)
@@ -348,11 +369,12 @@ class OutboxRow(Row, table=True):
 
     __tablename__ = "outbox"
     __table_args__ = (
-        CheckConstraint(_one_of("topic", Topic), name="topic"),
+        # Not the list of topics: it grows, as the audit's kinds do.
+        CheckConstraint("topic <> ''", name="topic"),
         {"sqlite_autoincrement": True},
     )
 
-    seq: int | None = Field(default=None, sa_type=_Number, primary_key=True)
+    seq: int | None = Field(default=None, sa_type=Number, primary_key=True)
     topic: str = Field(sa_type=Text, nullable=False)
     key: str = Field(sa_type=Text, nullable=False)
 
@@ -370,18 +392,19 @@ class OutboxMarkRow(Row, table=True):
     purged_to: int = Field(sa_type=BigInteger, nullable=False)
 
 
-def _table(row: type[Row]) -> Table:
+def table_of(row: type[Row]) -> Table:
+    """The table whose rows these are."""
     return Row.metadata.tables[str(row.__tablename__)]
 
 
-spiffe_ids = _table(SpiffeIdRow)
-entries = _table(EntryRow)
-entry_selectors = _table(EntrySelectorRow)
-nodes = _table(NodeRow)
-join_tokens = _table(JoinTokenRow)
-credentials = _table(CredentialRow)
-authorities = _table(AuthorityRow)
-authority_sets = _table(AuthoritySetRow)
-audit_events = _table(AuditRow)
-outbox = _table(OutboxRow)
-outbox_mark = _table(OutboxMarkRow)
+spiffe_ids = table_of(SpiffeIdRow)
+entries = table_of(EntryRow)
+entry_selectors = table_of(EntrySelectorRow)
+nodes = table_of(NodeRow)
+join_tokens = table_of(JoinTokenRow)
+credentials = table_of(CredentialRow)
+authorities = table_of(AuthorityRow)
+authority_sets = table_of(AuthoritySetRow)
+audit_events = table_of(AuditRow)
+outbox = table_of(OutboxRow)
+outbox_mark = table_of(OutboxMarkRow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+from identity_broker.store import order_tables  # noqa: F401  # adds its tables to the catalogue
 from identity_broker.store.tables import Row
 
 context.configure(
