@@ -1,4 +1,4 @@
-"""`idb credential`: the ledger, and revocation."""
+"""`idb credential`: the ledger."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from identity_broker.cli.connect import Session
-from identity_broker.cli.errors import UsageRefused
 from identity_broker.cli.options import Invocation, pass_invocation
 from identity_broker.cli.output import Style, Text, distance, emit, facts, moment, say, table
 from identity_broker.cli.tree import IdbGroup
 from identity_broker.domain.clock import SystemClock
 
 if TYPE_CHECKING:
-    from identity_client.admin import Credential, RevokeOutcome
+    from identity_client.admin import Credential
 
 _STATES = ["intent", "issued", "unconfirmed", "superseded", "revoked", "expired"]
-_REASONS = [
-    "unspecified",
-    "key-compromise",
-    "ca-compromise",
-    "affiliation-changed",
-    "superseded",
-    "cessation-of-operation",
-    "privilege-withdrawn",
-]
 _COLOURS = {
     "issued": Style.GOOD,
     "revoked": Style.BAD,
@@ -38,7 +28,7 @@ _COLOURS = {
 
 @click.group(cls=IdbGroup)
 def credential() -> None:
-    """See the ledger and revoke."""
+    """See the ledger."""
 
 
 @credential.command("list", connects=True)
@@ -88,68 +78,6 @@ def show(invocation: Invocation, credential_id: str) -> None:
     emit(invocation.output, found, lambda: _facts(found))
 
 
-@credential.command(
-    connects=True,
-    examples=["idb credential revoke --spiffe-id /shop/orders --reason key-compromise"],
-)
-@click.argument("credential_id", metavar="[ID]", required=False, default="")
-@click.option("--spiffe-id", default="", metavar="ID", help="All of an identity (ID or /path).")
-@click.option(
-    "--reason",
-    type=click.Choice(_REASONS),
-    default="unspecified",
-    metavar="REASON",
-    help=f"RFC 5280: {', '.join(_REASONS)}.",
-)
-@click.option("--comment", default="", metavar="TEXT", help="Your own words, for the record.")
-@click.option(
-    "--keep-entries",
-    is_flag=True,
-    help="With --spiffe-id: let the workload fetch a new SVID at once.",
-)
-@pass_invocation
-def revoke(
-    invocation: Invocation,
-    credential_id: str,
-    spiffe_id: str,
-    reason: str,
-    comment: str,
-    keep_entries: bool,
-) -> None:
-    """Revoke one credential, or everything an identity holds.
-
-    Durable when it returns, and connected verifiers refuse from then on, on open connections
-    too. By --spiffe-id the entries that issue the identity are disabled as well.
-    """
-    from identity_client.admin import RevocationReason
-
-    if bool(credential_id) == bool(spiffe_id):
-        raise UsageRefused(
-            "name either a credential or a SPIFFE ID",
-            hint="idb credential revoke ID, or idb credential revoke --spiffe-id ID",
-        )
-    with Session.open(invocation) as session:
-        outcome = session.admin.credentials.revoke(
-            credential_id=credential_id,
-            spiffe_id=session.spiffe_id(spiffe_id) if spiffe_id else "",
-            reason=RevocationReason(reason),
-            comment=comment,
-            keep_entries=keep_entries,
-        )
-    _tell(outcome)
-    emit(invocation.output, outcome, lambda: "\n".join(outcome.revoked_ids))
-
-
-def _tell(outcome: RevokeOutcome) -> None:
-    count = len(outcome.revoked_ids)
-    text = f"{count} credential{'' if count == 1 else 's'} revoked"
-    if outcome.already_revoked:
-        text += f", {outcome.already_revoked} revoked before"
-    say(text)
-    for entry_id in outcome.disabled_entry_ids:
-        say(f"entry {entry_id} disabled; idb entry update {entry_id} --enable issues again")
-
-
 def _table(found: list[Credential]) -> str:
     now = SystemClock().now()
     rows = [
@@ -164,10 +92,11 @@ def _table(found: list[Credential]) -> str:
         for one in found
     ]
     columns = ["id", "kind", "state", "spiffe id", "expires", "recorded"]
-    if any(one.instance for one in found):
-        columns.append("instance")
-        for row, one in zip(rows, found, strict=True):
-            row.append(one.instance or "-")
+    for name in ("instance", "revocation_id"):
+        if any(getattr(one, name) for one in found):
+            columns.append(name.removesuffix("_id"))
+            for row, one in zip(rows, found, strict=True):
+                row.append(getattr(one, name) or "-")
     return table(columns, rows, empty="the ledger has no such credential")
 
 
@@ -199,5 +128,6 @@ def _facts(one: Credential) -> str:
             ("revoked", moment(one.revoked_at, now=now)),
             ("reason", one.reason.value if one.reason else "-"),
             ("comment", one.comment or "-"),
+            ("revocation", one.revocation_id or "-"),
         ]
     return facts(pairs)

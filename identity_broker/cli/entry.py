@@ -281,7 +281,7 @@ def delete(
 ) -> None:
     """Delete entries.
 
-    What was issued from them stays valid until it expires: idb credential revoke ends it.
+    What was issued from them stays valid until it expires: idb revoke --entry ENTRY ends it.
     """
     with Session.open(invocation) as session:
         outcomes = session.admin.entries.delete(entry_ids)
@@ -416,6 +416,8 @@ def _table(found: Sequence[Entry]) -> str:
 
 
 def _state(one: Entry) -> Text:
+    if one.held_by:
+        return Text(f"held by {one.held_by}", Style.BAD)
     if one.disabled:
         return Text("disabled", Style.BAD)
     if one.expires_at is not None:

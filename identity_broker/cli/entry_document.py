@@ -1,7 +1,8 @@
 """Registration entries in a JSON file, as `idb entry list -o json` prints them.
 
 - A file is taken as a whole: one unknown key or wrong type, and nothing is sent.
-- What only the broker sets (revision, created_at, updated_at) may stand there and is ignored.
+- What only the broker sets (held_by, revision, created_at, updated_at) may stand there and is
+  ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from identity_broker.cli.files import read_input
 if TYPE_CHECKING:
     from identity_client.admin import Entry
 
-_IGNORED = frozenset({"revision", "created_at", "updated_at"})
+_IGNORED = frozenset({"held_by", "revision", "created_at", "updated_at"})
 
 
 def read_entries(path: Path) -> list[Entry]:

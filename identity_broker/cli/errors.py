@@ -70,6 +70,15 @@ class NotApplied(BrokerError):
     default_hint = "idb agent status, on the machine of the agent, says what it waits for"
 
 
+class NotAcknowledged(BrokerError):
+    """`idb revoke status` ended before everybody had heard of a revocation that is in force."""
+
+    kind = Kind.DEADLINE
+    reason = "NOT_ACKNOWLEDGED_IN_TIME"
+    sentence = "it is revoked, and not every connected verifier has acknowledged it in time"
+    default_hint = "idb agent status, on the verifier's machine, says what its agent waits for"
+
+
 class NotReady(BrokerError):
     """`idb doctor` found something that keeps the broker from working."""
 

@@ -32,14 +32,14 @@ MEANINGS: Mapping[ExitCode, str] = MappingProxyType(
         ExitCode.OK: "Done.",
         ExitCode.USAGE: "The command, a value, a file or the configuration cannot be used.",
         ExitCode.DENIED: "Refused: the caller may not, or a check came out negative "
-        "(`svid verify`, `explain`).",
+        "(`svid verify`, `revoke verify`, `explain`).",
         ExitCode.NOT_FOUND: "The object named does not exist.",
         ExitCode.CONFLICT: "It clashes with what is there: the object exists, changed since it "
         "was read, or another `idb dev` holds the directory.",
         ExitCode.UNAVAILABLE: "The broker or something it needs does not answer, or a limit was "
         "reached; trying again later can help.",
         ExitCode.BUG: "A bug, here or in the broker; quote the id.",
-        ExitCode.INTERRUPTED: "Interrupted (Ctrl-C).",
+        ExitCode.INTERRUPTED: "Interrupted (Ctrl-C), or a question was answered with no.",
         ExitCode.BROKEN_PIPE: "The reader of stdout went away.",
     }
 )
@@ -88,6 +88,7 @@ BY_CA_ERROR: Mapping[str, ExitCode] = MappingProxyType(
         "AuthorityTransitionError": ExitCode.CONFLICT,
         "ChainRejected": ExitCode.DENIED,
         "TokenRejected": ExitCode.DENIED,
+        "StatementRejected": ExitCode.DENIED,
         "CAError": ExitCode.USAGE,
     }
 )

@@ -61,5 +61,17 @@ def write_secret(path: Path, text: str) -> None:
         raise FileUnusable(f'"{path}" cannot be written: {_why(exc)}') from exc
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file that holds no secret.
+
+    Raises:
+        FileUnusable: it cannot be written.
+    """
+    try:
+        path.write_text(text if text.endswith("\n") else f"{text}\n", "utf-8")
+    except OSError as exc:
+        raise FileUnusable(f'"{path}" cannot be written: {_why(exc)}') from exc
+
+
 def _why(error: OSError) -> str:
     return (error.strerror or "unknown reason").lower()

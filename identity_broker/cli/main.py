@@ -42,11 +42,20 @@ SECTIONS = {
     },
     "Identities": {
         "svid": LazyCommand("svid", "svid", "Fetch, show and verify SVIDs."),
-        "credential": LazyCommand("credential", "credential", "See the ledger and revoke."),
+        "credential": LazyCommand("credential", "credential", "See the ledger."),
         "authority": LazyCommand("authority", "authority", "See the signing authorities."),
         "bundle": LazyCommand("bundle", "bundle", "Show what the trust domain verifies with."),
         "envoy": LazyCommand(
             "envoy", "envoy", "Configure Envoys that take their identity from the node agent."
+        ),
+    },
+    "Revoke": {
+        "revoke": LazyCommand("revoke", "revoke", "Revoke, see who has heard, and keep the proof."),
+        "hold": LazyCommand("hold", "hold", "See what is on hold, and lift holds."),
+        "compromised": LazyCommand(
+            "compromised",
+            "compromised",
+            "Revoke everything ever issued to a key, and refuse the key for ever.",
         ),
     },
     "Shell": {

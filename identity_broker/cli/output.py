@@ -66,8 +66,8 @@ def table(columns: Sequence[str], rows: Sequence[Row], *, empty: str) -> str:
     return "\n".join(_align([head, *rows]))
 
 
-def facts(pairs: Sequence[tuple[str, str | Text]]) -> str:
-    """One fact a line; a fact of several lines is indented below its first."""
+def facts(pairs: Sequence[tuple[str, str | Text]], stream: TextIO | None = None) -> str:
+    """One fact a line for `stream` (stdout); what follows a line break is indented."""
     rows: list[Row] = []
     for name, value in pairs:
         style = value.style if isinstance(value, Text) else None
@@ -75,7 +75,7 @@ def facts(pairs: Sequence[tuple[str, str | Text]]) -> str:
         for index, line in enumerate(text.split("\n")):
             label = Text(name, Style.DIM) if index == 0 else ""
             rows.append([label, line if style is None else Text(line, style)])
-    return "\n".join(_align(rows))
+    return "\n".join(_align(rows, stream))
 
 
 def paint(text: str, style: Style, stream: TextIO | None = None) -> str:
@@ -182,7 +182,7 @@ def _named(item: dataclasses.Field[Any]) -> str:
     return item.type if isinstance(item.type, str) else getattr(item.type, "__name__", "")
 
 
-def _align(rows: Sequence[Row]) -> list[str]:
+def _align(rows: Sequence[Row], stream: TextIO | None = None) -> list[str]:
     cells = [[clean(_plain(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -190,7 +190,7 @@ def _align(rows: Sequence[Row]) -> list[str]:
         padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
         padded[-1] = texts[-1]
         painted = [
-            paint(text, cell.style) if isinstance(cell, Text) else text
+            paint(text, cell.style, stream) if isinstance(cell, Text) else text
             for cell, text in zip(row, padded, strict=True)
         ]
         lines.append("  ".join(painted).rstrip())

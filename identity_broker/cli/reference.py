@@ -12,7 +12,7 @@ import click
 from identity_broker.cli.exit_codes import MEANINGS
 from identity_broker.cli.main import cli
 from identity_broker.cli.options import SharedOption
-from identity_broker.cli.tree import IdbCommand
+from identity_broker.cli.tree import Documented
 
 
 def reference_markdown() -> str:
@@ -58,10 +58,14 @@ def _shared() -> Iterator[str]:
 
 
 def _command(command: click.Command, path: str) -> Iterator[str]:
-    if isinstance(command, click.Group):
-        for name, child in command.commands.items():
-            yield from _command(child, f"{path} {name}")
-        return
+    children = command.commands if isinstance(command, click.Group) else {}
+    if not children or isinstance(command, Documented):
+        yield from _itself(command, path)
+    for name, child in children.items():
+        yield from _command(child, f"{path} {name}")
+
+
+def _itself(command: click.Command, path: str) -> Iterator[str]:
     arguments = " ".join(
         param.make_metavar(click.Context(command))
         for param in command.params
@@ -79,7 +83,7 @@ def _command(command: click.Command, path: str) -> Iterator[str]:
     ]
     if own:
         yield from _options(own)
-    if isinstance(command, IdbCommand) and command.examples:
+    if isinstance(command, Documented) and command.examples:
         yield from ("", "```sh") if own else ("```sh",)
         yield from command.examples
         yield "```"

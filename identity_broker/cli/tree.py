@@ -17,8 +17,8 @@ from click.shell_completion import CompletionItem
 from identity_broker.cli.options import SharedOption, connection_options, output_option
 
 
-class IdbCommand(click.Command):
-    """A command; `connects` adds the options that name a broker, `examples` are shown as typed."""
+class Documented(click.Command):
+    """What can be run: it has the shared options, and examples that are shown as typed."""
 
     def __init__(
         self, *args: Any, connects: bool = False, examples: Sequence[str] = (), **kwargs: Any
@@ -52,6 +52,10 @@ class IdbCommand(click.Command):
                     formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
+class IdbCommand(Documented):
+    """A command; `connects` adds the options that name a broker."""
+
+
 class IdbGroup(click.Group):
     """A group whose commands are `IdbCommand`s; it takes the shared options, unlisted."""
 
@@ -60,6 +64,20 @@ class IdbGroup(click.Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += [output_option(hidden=True), *connection_options(hidden=True)]
+
+
+class IdbVerb(Documented, click.Group):
+    """A group that does something itself when no command of its own follows."""
+
+    command_class = IdbCommand
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, invoke_without_command=True, no_args_is_help=True, **kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 @dataclass(frozen=True, slots=True)

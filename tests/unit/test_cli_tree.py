@@ -14,6 +14,7 @@ from identity_broker.cli.main import cli
 from identity_broker.cli.options import Invocation, SharedOption
 from identity_broker.cli.output import OutputFormat
 from identity_broker.cli.reference import reference_markdown
+from identity_broker.cli.tree import IdbVerb
 
 HEAVY = (
     "cryptography",
@@ -31,6 +32,8 @@ HEAVY = (
 
 def leaves(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, click.Command]]:
     if isinstance(command, click.Group):
+        if isinstance(command, IdbVerb):
+            yield " ".join(path), command
         for name, child in command.commands.items():
             yield from leaves(child, (*path, name))
     else:
@@ -91,7 +94,8 @@ def test_commands_of_the_product_are_all_there() -> None:
         *(f"entry {verb}" for verb in ("create", "list", "show", "update", "delete")),
         *(f"node {verb}" for verb in ("list", "show", "ban", "evict")),
         *(f"svid {verb}" for verb in ("fetch", "show", "verify")),
-        *(f"credential {verb}" for verb in ("list", "show", "revoke")),
+        *("credential list", "credential show", "hold list", "hold lift", "compromised"),
+        *("revoke", "revoke status", "revoke list", "revoke verify"),
         *("authority list", "authority show", "bundle show", "config check", "config show"),
         *("doctor", "explain", "envoy config"),
     }
@@ -135,4 +139,4 @@ def test_completion_completes_without_importing_commands() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["['completion', 'config', 'credential']", "False"]
+    assert done.stdout.splitlines() == ["['completion', 'compromised', 'config', 'credential']", "False"]

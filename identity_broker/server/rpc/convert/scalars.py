@@ -23,6 +23,7 @@ from identity_broker.errors import (
 from identity_ca.errors import SpiffeIdError
 from identity_ca.spiffe_id import SpiffeId
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
 _MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z: the last time X.509 can write
 MAX_BATCH = 500
 MAX_TEXT_BYTES = 512
@@ -102,6 +103,11 @@ def from_epoch(seconds: int, field: str) -> datetime | None:
 def to_epoch(at: datetime | None) -> int:
     """Seconds since the epoch; None is 0."""
     return int(at.timestamp()) if at else 0
+
+
+def to_epoch_ms(at: datetime | None) -> int:
+    """Milliseconds since the epoch; None is 0."""
+    return (at - _EPOCH) // timedelta(milliseconds=1) if at else 0
 
 
 def from_batch(items: Sequence[object], field: str) -> None:

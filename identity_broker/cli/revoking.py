@@ -1,0 +1,163 @@
+"""How a revocation is carried out: the plan, the question, the order, and who has heard.
+
+- The plan is shown before anything is asked or done.
+- Success is told the moment it is durable; whatever comes after can only add to it: a failure to
+  learn who has heard is told, and is no failure of the command.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from identity_broker.cli import revocation_text as text
+from identity_broker.cli.confirm import can_ask, confirm
+from identity_broker.cli.connect import Session
+from identity_broker.cli.options import Invocation
+from identity_broker.cli.output import OutputFormat, clean, emit, say
+from identity_broker.domain.clock import SystemClock
+
+if TYPE_CHECKING:
+    from identity_client.admin import Propagation, Revocation, RevocationPlan, Subject
+
+_ACKNOWLEDGED_WITHIN = timedelta(seconds=2)
+_POLL_SECONDS = 0.25
+_TELL_EVERY = 1.0
+
+_pause = threading.Event()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the command line asks for, beside the subject."""
+
+    reason: str
+    comment: str = ""
+    revocation_id: str = ""
+    hold: str = ""
+    hold_until: datetime | None = None
+    without_hold: bool = False
+
+    def stops_issuance(self, plan: RevocationPlan) -> bool:
+        """Whether a hold comes with it."""
+        return not self.without_hold and (plan.holds or self.reason == "certificate-hold")
+
+
+def show_plan(invocation: Invocation, session: Session, subject: Subject, order: Order) -> None:
+    """Only say what would be hit, on stdout."""
+    plan = session.admin.revocations.plan(subject)
+    hold = order.stops_issuance(plan)
+    emit(invocation.output, {"plan": plan}, lambda: text.plan_facts(plan, hold=hold))
+
+
+def carry_out(
+    invocation: Invocation,
+    session: Session,
+    subject: Subject,
+    order: Order,
+    *,
+    yes: bool,
+    wait: bool,
+) -> None:
+    """Show the plan, ask, revoke, follow, and say who has heard."""
+    from identity_client.admin import HoldTerms, RevocationReason
+    from identity_client.errors import BrokerUnavailable, IdentityError
+
+    revocations = session.admin.revocations
+    plan = revocations.plan(subject)
+    # A program that answers for itself reads the plan in the one document.
+    if invocation.output is not OutputFormat.JSON or (not yes and can_ask()):
+        say(text.plan_facts(plan, hold=order.stops_issuance(plan), stream=sys.stderr))
+    confirm("Revoke?", yes=yes, otherwise="nothing was revoked")
+    # Chosen here, so that it can be named whatever becomes of the connection.
+    revocation_id = order.revocation_id or revocations.new_id()
+    began = time.perf_counter()
+    try:
+        done = revocations.revoke(
+            plan.subject,
+            reason=RevocationReason(order.reason),
+            comment=order.comment,
+            revocation_id=revocation_id,
+            hold=HoldTerms(name=order.hold, until=order.hold_until)
+            if order.hold or order.hold_until
+            else None,
+            without_hold=order.without_hold,
+        )
+    except BrokerUnavailable as lost:
+        lost.hint = (
+            f"whether it was stored is not known: idb revoke status {revocation_id}; "
+            f"the same command with --id {revocation_id} is the same revocation"
+        )
+        raise
+    took = round((time.perf_counter() - began) * 1000)
+    talk = invocation.output is not OutputFormat.JSON
+    if talk:
+        _tell_durable(done.revocation, took)
+    document: dict[str, Any] = {
+        "plan": plan,
+        "revocation": done.revocation,
+        "propagation": None,
+        "revoked_ids": done.revoked_ids,
+    }
+    more: list[tuple[str, Any]] = []
+    if wait:
+        try:
+            document["revocation"] = _follow(session, plan, done.revocation, talk=talk)
+            status = revocations.get(revocation_id, wait=_ACKNOWLEDGED_WITHIN)
+        except KeyboardInterrupt:
+            say(f"it is revoked whatever this command does: idb revoke status {revocation_id}")
+            raise
+        except IdentityError as unknown:
+            say(f"it is revoked; who has heard is not known: {clean(unknown.message)}")
+            say(f"hint: idb revoke status {revocation_id}")
+        else:
+            document |= {"revocation": status.revocation, "propagation": status.propagation}
+            more = text.propagation_facts(status.propagation)
+            if talk:
+                _tell_heard(status.propagation, revocation_id)
+    final: Revocation = document["revocation"]
+    now = SystemClock().now()
+    emit(invocation.output, document, lambda: text.revocation_facts(final, now, more))
+
+
+def _tell_durable(revocation: Revocation, milliseconds: int) -> None:
+    if revocation.state.value == "running":
+        say(f"ordered, durable after {milliseconds:,} ms: {revocation.id}")
+    else:
+        revoked = text.count(revocation.revoked, "credential")
+        say(f"revoked: {revoked}, durable after {milliseconds:,} ms: {revocation.id}")
+    if revocation.hold:
+        held = text.count(len(revocation.held_entry_ids), "entry is", "entries are")
+        say(f"{held} held; idb hold lift {revocation.hold} issues again")
+
+
+def _follow(
+    session: Session, plan: RevocationPlan, revocation: Revocation, *, talk: bool
+) -> Revocation:
+    """Wait until all of it is revoked; there is no end to that but Ctrl-C."""
+    live = plan.live_x509 + plan.live_jwt
+    told = time.monotonic()
+    ran = False
+    while revocation.state.value == "running":
+        ran = True
+        _pause.wait(_POLL_SECONDS)
+        revocation = session.admin.revocations.get(revocation.id).revocation
+        if talk and time.monotonic() - told >= _TELL_EVERY:
+            told = time.monotonic()
+            say(f"{revocation.revoked:,} of about {live:,} revoked")
+    if ran and talk:
+        say(f"revoked: {text.count(revocation.revoked, 'credential')}")
+    return revocation
+
+
+def _tell_heard(propagation: Propagation, revocation_id: str) -> None:
+    say(text.summary(propagation))
+    names = text.silent(propagation)
+    if names:
+        more = propagation.silent - len(names)
+        say(f"silent: {', '.join(map(clean, names))}{f' and {more:,} more' if more else ''}")
+    say(f"idb revoke status {revocation_id} says who has heard, and has the signed statement")
