@@ -18,6 +18,8 @@ from identity_api.broker.v1 import (
     node_attestation_pb2,
     node_pb2,
     node_sync_pb2,
+    revocation_feed_pb2,
+    revocation_pb2,
     svid_pb2,
 )
 from identity_broker.domain.caller import CallerClass
@@ -26,10 +28,11 @@ from identity_broker.server.rpc.methods import METHODS, AuditLevel
 FILES = (
     *(authority_pb2, bundle_pb2, credential_pb2, entry_pb2),
     *(node_attestation_pb2, node_pb2, node_sync_pb2, svid_pb2),
+    *(revocation_feed_pb2, revocation_pb2),
 )
 PROTOS = Path(__file__).parents[2] / "protos/identity_api/broker/v1"
 _RPC = re.compile(r"((?:[ ]*//[^\n]*\n)+)[ ]*rpc (\w+)\(")
-_CALLERS = re.compile(r"Callers: ([a-z, ]+)\.")
+_CALLERS = re.compile(r"Callers: ([a-z, ]+)[.;]")
 
 
 def described() -> set[str]:

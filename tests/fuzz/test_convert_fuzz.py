@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from identity_api.broker.v1 import credential_pb2, entry_pb2, node_pb2, types_pb2
+from identity_api.broker.v1 import credential_pb2, entry_pb2, node_pb2, revocation_pb2, types_pb2
 from identity_broker.domain import names
 from identity_broker.domain.entry import UPDATABLE_FIELDS, RegistrationEntry
 from identity_broker.domain.selector import Selector
@@ -20,11 +20,13 @@ from identity_broker.errors import BrokerError, Kind
 from identity_broker.server.rpc.convert import credentials as convert_credential
 from identity_broker.server.rpc.convert import entries as convert_entry
 from identity_broker.server.rpc.convert import nodes as convert_node
+from identity_broker.server.rpc.convert import revocations as convert_revocation
 from identity_broker.server.rpc.convert import scalars
 from identity_broker.server.rpc.convert import trust as convert_trust
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 DOMAIN = TrustDomain.parse("example.org")
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
 STORED = RegistrationEntry(
     id="stored",
     spiffe_id=SpiffeId.parse("spiffe://example.org/payments/api"),
@@ -98,6 +100,39 @@ def test_an_entry_is_stored_as_sent_or_refused(message: types_pb2.RegistrationEn
     assert ".." not in entry.spiffe_id.path.split("/")
 
 
+SUBJECTS = st.builds(
+    revocation_pb2.RevocationSubject,
+    kind=st.integers(-1, 9),
+    value=st.one_of(
+        TEXTS,
+        st.sampled_from(
+            [
+                "0" * 40,
+                "AB:cd:0" + "1" * 35,
+                "f" * 64,
+                "spiffe-id=/shop/* kind=x509",
+                'owner="a b" label.env=test issued-after=2h',
+                "issued-before=2029-01-01T00:00:00Z",
+                "kind=x509 kind=jwt",
+                "issued-after=999999d",
+            ]
+        ),
+    ),
+)
+
+
+@given(message=SUBJECTS)
+def test_a_subject_is_canonical_or_refused(message: revocation_pb2.RevocationSubject) -> None:
+    try:
+        found = convert_revocation.from_subject(message, DOMAIN, NOW)
+    except BrokerError as error:
+        _refused_well(error)
+        return
+    again = convert_revocation.to_subject(found)
+    assert again.kind == message.kind
+    assert convert_revocation.from_subject(again, DOMAIN, NOW) == found
+
+
 @given(message=ENTRIES, fields=FIELDS)
 def test_an_update_changes_the_named_fields_alone(
     message: types_pb2.RegistrationEntry, fields: list[str]
@@ -127,12 +162,12 @@ PARSERS: list[tuple[type[Message], Callable[[Any], object]]] = [
         lambda message: scalars.from_page_token(message.page_token, "scope"),
     ),
     (entry_pb2.ListEntriesRequest, lambda message: scalars.from_page_size(message.page_size)),
-    (credential_pb2.RevokeCredentialRequest, lambda m: convert_credential.from_reason(m.reason)),
-    (credential_pb2.RevokeCredentialRequest, lambda m: scalars.from_text(m.comment, "comment")),
     (
-        credential_pb2.RevokeCredentialRequest,
-        lambda m: scalars.from_spiffe_id(m.spiffe_id, "spiffe_id"),
+        revocation_pb2.PlanRevocationRequest,
+        lambda m: convert_revocation.from_subject(m.subject, DOMAIN, NOW),
     ),
+    (revocation_pb2.RevokeRequest, lambda m: convert_revocation.from_revoke(m, DOMAIN, NOW)),
+    (revocation_pb2.GetRevocationRequest, lambda m: convert_revocation.from_wait(m.wait_ms)),
     (
         node_pb2.CreateJoinTokenRequest,
         lambda m: scalars.from_seconds(m.ttl_seconds, "ttl_seconds"),

@@ -139,4 +139,5 @@ def test_completion_completes_without_importing_commands() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["['completion', 'compromised', 'config', 'credential']", "False"]
+    names = ["completion", "compromised", "config", "credential"]
+    assert done.stdout.splitlines() == [str(names), "False"]
