@@ -63,6 +63,9 @@ class Metrics:
         self.revoked_total = Counter(
             "idb_revoked_total", "Credentials revoked", ("kind",), registry=registry
         )
+        self.ocsp_total = LoopCounter(
+            "idb_ocsp", "OCSP requests answered, by what was said", ("outcome",), registry
+        )
         self.unconfirmed_total = Counter(
             "idb_unconfirmed_total", "Intents whose outcome never came", registry=registry
         )
