@@ -26,6 +26,8 @@ from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
 from identity_broker.lifecycle.crl import GATHER, RevocationLists
 from identity_broker.lifecycle.directory import Directory, Update
 from identity_broker.lifecycle.issue import Issue
+from identity_broker.lifecycle.ocsp import Ocsp
+from identity_broker.lifecycle.ocsp_responders import Responders
 from identity_broker.lifecycle.record import Record
 from identity_broker.lifecycle.revoke import Revoke
 from identity_broker.lifecycle.roster import Roster
@@ -41,6 +43,7 @@ from identity_broker.registry.nodes import Nodes
 from identity_broker.server.backends import build_attestors, build_backends
 from identity_broker.server.http.app import build_app
 from identity_broker.server.http.listener import HttpListener
+from identity_broker.server.http.ocsp import ocsp_routes
 from identity_broker.server.http.readiness import Readiness
 from identity_broker.server.jobs import Job, Jobs
 from identity_broker.server.jobs.retention import Retention
@@ -130,6 +133,8 @@ class Parts:
     gate: Gate
     revocation_lists: RevocationLists
     node_sync: NodeSync
+    ocsp_responders: Responders
+    ocsp: Ocsp
     services: Mapping[str, ServiceFunction]
 
 
@@ -235,6 +240,22 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     trust.listen(revocation_lists.wake)
     revocation_lists.listen(node_sync.lists_changed)
 
+    ocsp_responders = Responders(
+        signing=signing,
+        store=store,
+        clock=clock,
+        is_revoked=directory.is_revoked,
+        keep_ready=settings.revocation.public_url is not None,
+    )
+    ocsp = Ocsp(
+        signing=signing,
+        directory=directory,
+        store=store,
+        responders=ocsp_responders,
+        clock=clock,
+        validity=settings.revocation.ocsp_validity,
+    )
+
     entries = Entries(store, directory, trust_domain, clock)
     nodes = Nodes(store, revoke, trust_domain, clock)
     services: dict[str, ServiceFunction] = {}
@@ -274,6 +295,8 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         ),
         revocation_lists=revocation_lists,
         node_sync=node_sync,
+        ocsp_responders=ocsp_responders,
+        ocsp=ocsp,
         services=services,
     )
 
@@ -295,6 +318,8 @@ class Broker:
         self._gate = parts.gate
         self._revocation_lists = parts.revocation_lists
         self._node_sync = parts.node_sync
+        self._ocsp_responders = parts.ocsp_responders
+        self._ocsp = parts.ocsp
         self._services = parts.services
         self._refusals = Refusals(parts.store, parts.clock)
         self._retention = Retention(parts.store, parts.clock, parts.settings.ledger.retain_expired)
@@ -323,6 +348,7 @@ class Broker:
                 metrics=self._metrics,
                 bundle=lambda: self._signing.bundle,
                 stopping=self._stopping.is_set,
+                routes=[*ocsp_routes(self._ocsp, clock=self._clock, metrics=self._metrics)],
             ),
         )
         doors: list[Callable[[timedelta], Awaitable[None]]] = []
@@ -379,6 +405,7 @@ class Broker:
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
             Job("bundle_file", _10S, self._trust.write_file),
+            Job("ocsp_responders", _30S, self._ocsp_responders.renew),
             Job("authorities", min(_30S, settings.ca.x509_ca_ttl / 24), self._rotate),
             Job("sweep", min(_30S, settings.ledger.unconfirmed_after / 2), self._sweep),
             Job("expire", timedelta(minutes=1), self._expire),
