@@ -34,6 +34,7 @@ from identity_ca.csr import parse_csr
 from identity_ca.errors import CAError
 from identity_ca.issuer import X509Credential
 from identity_ca.profile import NODE
+from identity_ca.spiffe_id import SpiffeId
 
 T = TypeVar("T")
 
@@ -146,6 +147,7 @@ class Attest:
         correlation_id: str,
     ) -> Admission:
         try:
+            await self._refuse_held(node.spiffe_id)
             grant = self._authorize.attested(node)
             credential = one(await self._issue.x509([X509Order(grant, csr)], correlation_id))
             await self._admit(node, credential, caller, correlation_id)
@@ -153,6 +155,17 @@ class Attest:
             await attestor.give_back(payload)
             raise
         return Admission(node, credential)
+
+    async def _refuse_held(self, node_id: SpiffeId) -> None:
+        """Refuse a node that is not known, or not any more, and has been put on hold.
+
+        Raises:
+            NodeBanned: it has.
+            StoreUnavailable: the database did not answer.
+        """
+        hold = await self._store.read(lambda repos: repos.holds.of_node(node_id))
+        if hold:
+            raise NodeBanned(detail=f'{node_id}: on hold: "{hold}"')
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -174,7 +187,8 @@ class Attest:
         def write(repos: Repositories) -> None:
             # Asked again inside the transaction: a ban that came meanwhile must not be undone.
             known = repos.nodes.find(node.spiffe_id)
-            if known is not None and known.banned:
+            banned = known is not None and known.banned
+            if banned or repos.holds.of_node(node.spiffe_id):
                 raise NodeBanned(detail=f"{node.spiffe_id} was banned while it attested")
             repos.nodes.upsert(
                 Node(

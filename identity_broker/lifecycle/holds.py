@@ -1,10 +1,31 @@
-"""holds: named stops of issuance, until they are lifted or their time is over."""
+"""holds: named stops of issuance, until they are lifted or their time is over.
+
+- Lifting is one transaction: what the hold stopped, and what was revoked with it for
+  certificateHold, is free or valid again together, or not at all.
+- What another lasting hold covers stays held, by that one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
 
+from identity_broker.domain.caller import Caller
+from identity_broker.domain.clock import Clock
+from identity_broker.domain.credential import RevocationReason
+from identity_broker.domain.events import AuditEvent, AuditKind
+from identity_broker.domain.paging import Page
 from identity_broker.domain.revocation import Hold
+from identity_broker.errors import HoldNotFound
+from identity_broker.lifecycle.directory import Directory
+from identity_broker.store import STEP, Repositories, Store
+from identity_broker.telemetry.logs import get_logger
+
+_log = get_logger("holds")
+
+MOST_NAMED: Final = 100
+_BY_TIME: Final = "time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +48,100 @@ class Lifted:
     hold: Hold
     released: int
     freed_entry_ids: tuple[str, ...]
+
+
+class Holds:
+    """The holds of the trust domain."""
+
+    def __init__(self, store: Store, directory: Directory, clock: Clock) -> None:
+        self._store = store
+        self._directory = directory
+        self._clock = clock
+
+    async def page(self, before: str, size: int, *, include_lifted: bool) -> Page[HoldStatus]:
+        """Return a page of holds, newest first.
+
+        Raises:
+            PageTokenInvalid: `before` is not a key of a page.
+            StoreUnavailable: the database did not answer.
+        """
+
+        def read(repos: Repositories) -> Page[HoldStatus]:
+            page = repos.holds.page(before, size, include_lifted=include_lifted)
+            return Page(
+                [
+                    HoldStatus(hold, repos.holds.held_entry_ids(hold.name, MOST_NAMED))
+                    for hold in page.items
+                ],
+                page.next_key,
+            )
+
+        return await self._store.read(read)
+
+    async def lift(self, name: str, caller: Caller) -> Lifted:
+        """Lift a hold; one that is lifted already stays so.
+
+        Raises:
+            HoldNotFound: there is none with that name.
+            StoreUnavailable: repeat the call.
+        """
+        return await self._lift(name, caller.name)
+
+    async def lift_due(self) -> None:
+        """Lift the holds whose time is over.
+
+        Raises:
+            StoreUnavailable: they are lifted the next time.
+        """
+        now = self._clock.now()
+        for hold in await self._store.read(lambda repos: repos.holds.due(now)):
+            try:
+                await self._lift(hold.name, _BY_TIME)
+            except HoldNotFound:
+                continue
+            _log.info("hold is over", hold=hold.name)
+
+    async def _lift(self, name: str, by: str) -> Lifted:
+        now = self._clock.now()
+
+        def write(repos: Repositories) -> Lifted:
+            before = repos.holds.get(name)
+            if before.lifted_at is not None:
+                return Lifted(before, 0, ())
+            hold, freed = repos.holds.lift(name, now, by)
+            released = _release(repos, hold, now)
+            repos.audit.append(_event(AuditKind.HOLD_LIFTED, hold, now, len(freed)))
+            if released:
+                repos.audit.append(_event(AuditKind.CREDENTIAL_RELEASED, hold, now, released))
+            return Lifted(hold, released, tuple(freed))
+
+        lifted = await self._store.write(write)
+        await self._directory.sync()
+        return lifted
+
+
+def _release(repos: Repositories, hold: Hold, now: datetime) -> int:
+    """Make valid again what was revoked with the hold, and can be."""
+    if hold.reason is not RevocationReason.CERTIFICATE_HOLD:
+        return 0
+    total = 0
+    while True:
+        released = len(repos.credentials.release(hold.order_id, now, STEP))
+        total += released
+        if released < STEP:
+            break
+    if total:
+        order = repos.orders.get(hold.order_id)
+        repos.orders.update(replace(order, released=order.released + total))
+    return total
+
+
+def _event(kind: AuditKind, hold: Hold, now: datetime, count: int) -> AuditEvent:
+    return AuditEvent(
+        at=now,
+        kind=kind,
+        actor=hold.lifted_by,
+        subject=str(hold.subject),
+        reason=hold.reason.name,
+        facts={"hold": hold.name, "revocation": hold.order_id, "count": str(count)},
+    )

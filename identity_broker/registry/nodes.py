@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 from identity_broker.attestors.node import join_token
 from identity_broker.domain import names
 from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
+from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import JoinToken, Node
 from identity_broker.domain.paging import NodeFilter, Page
+from identity_broker.domain.revocation import RevocationSubject, SubjectKind
 from identity_broker.errors import MalformedRequest
-from identity_broker.lifecycle.revoke import Revoke
+from identity_broker.lifecycle.revoke import OrderRequest, Revoke
 from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
@@ -50,6 +51,8 @@ class Nodes:
     async def ban(self, spiffe_id: SpiffeId, reason: str, caller: Caller) -> tuple[Node, int]:
         """Refuse the node from now on; revoke its SVIDs and all that was issued through it.
 
+        Lifting the hold that this makes lets it in again.
+
         Returns:
             The node, and how many credentials were revoked.
 
@@ -58,30 +61,40 @@ class Nodes:
             StoreUnavailable: repeat the call.
         """
 
-        def write(repos: Repositories) -> None:
-            node = repos.nodes.get(spiffe_id)
-            repos.nodes.upsert(replace(node, banned=True, ban_reason=reason))
+        def note(repos: Repositories) -> None:
+            repos.nodes.get(spiffe_id)
             repos.audit.append(self._event(AuditKind.NODE_BANNED, spiffe_id, caller, reason))
 
-        revoked = await self._revoke.node(
-            spiffe_id, reason or "banned", write, issued_through_it=True
+        request = OrderRequest(
+            subject=RevocationSubject(SubjectKind.NODE, str(spiffe_id)),
+            reason=RevocationReason.PRIVILEGE_WITHDRAWN,
+            comment=reason or "banned",
         )
-        return await self.get(spiffe_id), len(revoked.revocations)
+        ordered = await self._revoke.order(request, caller, also=note)
+        return await self.get(spiffe_id), ordered.order.revoked
 
     async def evict(self, spiffe_id: SpiffeId, caller: Caller) -> int:
         """Forget the node and revoke its SVIDs; return how many were revoked.
+
+        It may attest again at once: what is issued to it then is no business of this.
 
         Raises:
             NodeNotFound: there is none with that ID.
             StoreUnavailable: repeat the call.
         """
 
-        def write(repos: Repositories) -> None:
+        def forget(repos: Repositories) -> None:
             repos.nodes.delete(spiffe_id)
             repos.audit.append(self._event(AuditKind.NODE_EVICTED, spiffe_id, caller, ""))
 
-        revoked = await self._revoke.node(spiffe_id, "evicted", write, issued_through_it=False)
-        return len(revoked.revocations)
+        request = OrderRequest(
+            subject=RevocationSubject(SubjectKind.SPIFFE_ID, str(spiffe_id)),
+            reason=RevocationReason.PRIVILEGE_WITHDRAWN,
+            comment="evicted",
+            without_hold=True,
+        )
+        ordered = await self._revoke.order(request, caller, also=forget)
+        return ordered.order.revoked
 
     async def create_join_token(
         self, ttl: timedelta | None, node_name: str, caller: Caller
