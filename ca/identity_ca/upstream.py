@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -20,7 +21,13 @@ from identity_ca.errors import ChainRejected, UpstreamRejected
 from identity_ca.keys import SigningKey, spki_der
 from identity_ca.spiffe_id import TrustDomain
 
-__all__ = ["SignedAuthority", "UpstreamAuthority", "verify_upstream"]
+__all__ = [
+    "SignedAuthority",
+    "UpstreamAuthority",
+    "UpstreamList",
+    "verify_upstream",
+    "verify_upstream_list",
+]
 
 # Whole seconds, two clocks and one round trip lie between what was asked and what came back.
 _MIN_TOLERANCE: Final = timedelta(seconds=5)
@@ -43,6 +50,23 @@ class SignedAuthority:
     roots: tuple[x509.Certificate, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class UpstreamList:
+    """A revocation list of an authority above ours, checked.
+
+    Attributes:
+        authority_id: the issuer's subject key identifier, hexadecimal.
+        entries: how many certificates it revokes.
+    """
+
+    authority_id: str
+    der: bytes
+    number: int
+    this_update: datetime
+    next_update: datetime
+    entries: int
+
+
 class UpstreamAuthority(Protocol):
     """Certifies a signing key as a CA of a trust domain; one plugin kind, see `backends/`."""
 
@@ -53,6 +77,21 @@ class UpstreamAuthority(Protocol):
         self, key: SigningKey, *, trust_domain: TrustDomain, ttl: timedelta, now: datetime
     ) -> SignedAuthority:
         """A CA certificate for `key`, checked with `verify_upstream`.
+
+        Raises:
+            UpstreamRejected, BackendUnavailable, BackendMisconfigured
+        """
+        ...
+
+    def revocation_lists(
+        self, *, number: int, this_update: datetime, next_update: datetime
+    ) -> tuple[bytes, ...]:
+        """Revocation lists of authorities above ours, DER; empty when there are none to be had.
+
+        Verifiers that check a whole chain need one of each of them.
+
+        Args:
+            number, this_update, next_update: for a list that is signed by this call.
 
         Raises:
             UpstreamRejected, BackendUnavailable, BackendMisconfigured
@@ -96,6 +135,43 @@ def verify_upstream(
         raise _rejected("it cannot be read", detail=str(exc)) from exc
     _check_lifetime(own, ttl, now)
     _check_path(signed, now)
+
+
+def verify_upstream_list(der: bytes, certificates: Iterable[x509.Certificate]) -> UpstreamList:
+    """The list, when one of the certificates' keys signed it and it can be used.
+
+    Raises:
+        UpstreamRejected: it cannot be read, has no next update, or is of none of them.
+    """
+    try:
+        crl = x509.load_der_x509_crl(der)
+        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        next_update = crl.next_update_utc
+        for certificate in certificates:
+            key: Any = certificate.public_key()
+            if certificate.subject == crl.issuer and crl.is_signature_valid(key):
+                break
+        else:
+            raise _list_rejected("no authority above ours signed it")
+        key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound) as exc:
+        raise _list_rejected("it cannot be read", detail=str(exc)) from exc
+    if next_update is None:
+        raise _list_rejected("it has no next update")
+    return UpstreamList(
+        authority_id=key_id.value.digest.hex(),
+        der=der,
+        number=number,
+        this_update=crl.last_update_utc,
+        next_update=next_update,
+        entries=len(crl),
+    )
+
+
+def _list_rejected(why: str, *, detail: str = "") -> UpstreamRejected:
+    return UpstreamRejected(
+        f"the upstream authority's revocation list cannot be used: {why}", detail=detail
+    )
 
 
 def _check_extensions(own: x509.Certificate, trust_domain: TrustDomain) -> None:

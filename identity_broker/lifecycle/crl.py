@@ -193,7 +193,7 @@ class RevocationLists:
         known.stale = False
         self._number = max(self._number + 1, int(now.timestamp() * 1000))
         try:
-            known.der = await sign_list(
+            signed = await sign_list(
                 self._signing,
                 authority,
                 encoded_entries=[encoded for encoded, _ in known.entries.values()],
@@ -201,6 +201,7 @@ class RevocationLists:
                 this_update=now - _BACKDATE,
                 next_update=now + self._validity,
             )
+            known.der = signed.der
         except BaseException:
             known.stale = True
             raise

@@ -34,6 +34,7 @@ from identity_ca.authority import (
 )
 from identity_ca.bundle import TrustBundle
 from identity_ca.csr import CertificateRequest, parse_csr
+from identity_ca.distribution import DistributionPoints
 from identity_ca.errors import CAError, KeyNotFound
 from identity_ca.issuer import PreparedX509, X509Credential, X509Issuer
 from identity_ca.jwt import JwtCredential, JwtIssuer, PreparedJwt
@@ -119,6 +120,7 @@ class Signing:
         keys: where private keys live.
         upstream: who certifies X.509 authorities.
         refresh_hint: how often bundle readers should come back.
+        points: where X.509-SVIDs say that revocation is asked about; None for nowhere.
         observe: told the kind and the seconds of each round of signatures.
         threads: how many remote operations may be under way at once.
     """
@@ -130,6 +132,7 @@ class Signing:
         keys: KeyManager,
         upstream: UpstreamAuthority,
         refresh_hint: timedelta,
+        points: DistributionPoints | None = None,
         observe: Callable[[str, float], object] = lambda _kind, _seconds: None,
         threads: int = 8,
     ) -> None:
@@ -137,6 +140,7 @@ class Signing:
         self._keys = keys
         self._upstream = upstream
         self._refresh_hint = refresh_hint
+        self._points = points
         self._observe = observe
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="signing")
         self._csr_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="csr")
@@ -401,6 +405,7 @@ class Signing:
                 trust_domain=self.trust_domain,
                 key=key,
                 chain=[x509.load_der_x509_certificate(der) for der in active.chain],
+                points=self._points,
             )
             x509_issuers[active.id] = _Bound(x509_issuer.sign_many, key.remote)
         if jwt_set.active is not None:
@@ -450,6 +455,10 @@ class Signing:
             return work(key)
 
         return await self._in_thread(run)
+
+    async def with_upstream(self, work: Callable[[UpstreamAuthority], T]) -> T:
+        """Run `work` with the upstream in a thread; raises SigningBackendUnavailable."""
+        return await self._in_thread(lambda: work(self._upstream))
 
     # --- dependencies -----------------------------------------------------------------------------
 

@@ -75,6 +75,28 @@ class Metrics:
             ("attestor", "reason"),
             registry=registry,
         )
+        # revocation lists
+        self.crl_entries = Gauge(
+            "idb_crl_entries", "Revoked X.509-SVIDs on the full lists in force", registry=registry
+        )
+        self.crl_octets = Gauge(
+            "idb_crl_bytes", "Size of the full lists in force", registry=registry
+        )
+        self.crl_expires = Gauge(
+            "idb_crl_expires_timestamp_seconds",
+            "When the first of the full lists in force expires",
+            registry=registry,
+        )
+        self.crl_seconds = Histogram(
+            "idb_crl_seconds",
+            "Time it took to make a list, by what it covers",
+            ("kind",),
+            buckets=_RPC_SECONDS,
+            registry=registry,
+        )
+        self.crl_failed_total = Counter(
+            "idb_crl_failed", "Attempts to make lists that failed", ("reason",), registry=registry
+        )
         # connected agents
         self.agents_connected = Gauge(
             "idb_agents_connected", "Node agents connected to this broker", registry=registry

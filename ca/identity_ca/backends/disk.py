@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from identity_ca.authority_certificate import build_intermediate_csr, sign_intermediate
 from identity_ca.backends.private_file import read_private_file, storage_failed
+from identity_ca.crl import sign_crl
 from identity_ca.errors import BackendMisconfigured, KeyTooWeak
 from identity_ca.keys import LocalSigningKey, SigningKey, spki_der
 from identity_ca.spiffe_id import TrustDomain
@@ -104,6 +105,31 @@ class DiskUpstream:
         signed = SignedAuthority(chain=(certificate, *upstream.chain), roots=upstream.roots)
         verify_upstream(signed, key=key, trust_domain=trust_domain, ttl=ttl, now=now)
         return signed
+
+    def revocation_lists(
+        self, *, number: int, this_update: datetime, next_update: datetime
+    ) -> tuple[bytes, ...]:
+        """One, empty, of the CA whose key is here; none when it may not sign lists.
+
+        It speaks of what was certified here and never revoked; the organization that runs the CA
+        may have a list of its own, with more in it.
+
+        Raises:
+            BackendMisconfigured, BackendUnavailable: as `certify`.
+        """
+        upstream = self._load()
+        usage = upstream.certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+        if not usage.crl_sign:
+            return ()
+        return (
+            sign_crl(
+                issuer=upstream,
+                encoded_entries=(),
+                number=number,
+                this_update=this_update,
+                next_update=next_update,
+            ),
+        )
 
     def check(self) -> None:
         """Returns when the files can be used, whatever the time is; signs no certificate.

@@ -36,6 +36,12 @@ class SelfSignedUpstream:
         verify_upstream(signed, key=key, trust_domain=trust_domain, ttl=ttl, now=now)
         return signed
 
+    def revocation_lists(
+        self, *, number: int, this_update: datetime, next_update: datetime
+    ) -> tuple[bytes, ...]:
+        """None: there is no authority above ours."""
+        return ()
+
     def check(self) -> None:
         """There is nothing it depends on."""
 

@@ -32,6 +32,7 @@ _logger = logging.getLogger(__name__)
 
 _CUT_BY_MORE_THAN: Final = timedelta(seconds=60)
 _MAX_CHAIN: Final = 8
+_LONGEST_LIST: Final = 8 * 1024 * 1024
 
 
 class VaultPkiUpstream:
@@ -83,6 +84,25 @@ class VaultPkiUpstream:
         self._refuse_cut_lifetime(own, ttl, now, warnings)
         verify_upstream(signed, key=key, trust_domain=trust_domain, ttl=ttl, now=now)
         return signed
+
+    def revocation_lists(
+        self, *, number: int, this_update: datetime, next_update: datetime
+    ) -> tuple[bytes, ...]:
+        """The issuer's own list, as the server publishes it; anybody may read it.
+
+        Raises:
+            UpstreamRejected: the answer holds no list.
+            BackendUnavailable, BackendMisconfigured: it cannot be had.
+        """
+        found = data_of(self._session.get(f"{self._issuer}/crl"))
+        pem = found.get("crl")
+        if not isinstance(pem, str) or len(pem) > _LONGEST_LIST:
+            raise UpstreamRejected("the upstream's answer holds no revocation list")
+        try:
+            crl = x509.load_pem_x509_crl(pem.encode("ascii"))
+        except ValueError as exc:
+            raise UpstreamRejected("the upstream's revocation list cannot be parsed") from exc
+        return (crl.public_bytes(Encoding.DER),)
 
     def check(self) -> None:
         """The issuer is there and valid at the server's word; signs nothing."""
