@@ -44,7 +44,7 @@ class Order:
 
     def stops_issuance(self, plan: RevocationPlan) -> bool:
         """Whether a hold comes with it."""
-        return not self.without_hold and (plan.holds or self.reason == "certificate-hold")
+        return plan.holds and not self.without_hold
 
 
 def show_plan(invocation: Invocation, session: Session, subject: Subject, order: Order) -> None:
