@@ -96,6 +96,7 @@ class Broker:
         self._gate = parts.gate
         self._revocation_lists = parts.revocation_lists
         self._node_sync = parts.node_sync
+        self._revoke = parts.revoke
         self._ocsp_responders = parts.ocsp_responders
         self._ocsp = parts.ocsp
         self._services = parts.services
@@ -180,6 +181,8 @@ class Broker:
         return [
             Job("refusals", timedelta(seconds=1), self._refusals.flush),
             Job("groups", timedelta(seconds=1), self._node_sync.look_at_groups),
+            Job("holds", timedelta(seconds=1), self._revoke.lift_due),
+            Job("revocations", timedelta(seconds=5), self._revoke.resume),
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
             Job("bundle_file", _10S, self._trust.write_file),
@@ -244,18 +247,30 @@ class Broker:
         ]
 
     def _on_update(self, update: Update) -> None:
+        server = self._rotate_server.current
+        own = server.credential.serial if server is not None else ""
         for revocation in update.revocations:
             self._metrics.revoked_total.labels(revocation.kind.value).inc()
         if update.authorities_changed:
             # Another broker on the same store rotated: put its authorities into force here.
             self._spawn(self._reinstall())
+        elif any(revocation.id == own for revocation in update.revocations):
+            self._spawn(self._replace_own())
 
     async def _reinstall(self) -> None:
         try:
             if await self._rotate_authorities.install():
+                # One that was revoked signed our own certificate, maybe.
+                await self._rotate_server.run()
                 self._trust.publish()
         except BrokerError as error:
             _log.error("authorities not taken over", reason=error.reason, detail=error.detail)
+
+    async def _replace_own(self) -> None:
+        try:
+            await self._renew_server()
+        except BrokerError as error:
+            _log.error("server certificate not replaced", reason=error.reason, detail=error.detail)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -74,6 +74,7 @@ class Parts:
     gate: Gate
     revocation_lists: RevocationLists
     node_sync: NodeSync
+    revoke: Revoke
     ocsp_responders: Responders
     ocsp: Ocsp
     services: Mapping[str, ServiceFunction]
@@ -122,9 +123,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         directory, trust_domain, ttl, clock, broker_dns_names=settings.server.dns_names
     )
     record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
-    issue = Issue(signing, record, clock)
-    revoke = Revoke(store, directory, clock, issue.settled)
-    resources.push_async_callback(revoke.close)
+    issue = Issue(signing, record, clock, is_key_blocked=directory.is_key_blocked)
     attest = Attest(
         attestors=build_attestors(settings, store, clock),
         authorize=authorize,
@@ -151,7 +150,11 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         clock=clock,
     )
     rotate_server = RotateServer(
-        authorize=authorize, issue=issue, clock=clock, is_revoked=directory.is_revoked
+        authorize=authorize,
+        issue=issue,
+        clock=clock,
+        is_revoked=directory.is_revoked,
+        is_trusted=signing.is_trusted,
     )
     trust = Trust(signing, rotate_server, settings.server.bundle_file)
 
@@ -159,6 +162,15 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     await rotate_server.run()
     trust.publish()
     await trust.write_file()
+
+    async def revoke_authority(authority_id: str, actor: str) -> None:
+        await rotate_authorities.revoke(authority_id, actor)
+        # Those who call with the new bundle find a certificate that holds by it.
+        await rotate_server.run()
+        trust.publish()
+
+    revoke = Revoke(store, directory, clock, issue.settled, revoke_authority=revoke_authority)
+    resources.push_async_callback(revoke.close)
 
     roster = Roster(on_count=metrics.agents_connected.set)
     revocation_lists = RevocationLists(
@@ -236,6 +248,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         ),
         revocation_lists=revocation_lists,
         node_sync=node_sync,
+        revoke=revoke,
         ocsp_responders=ocsp_responders,
         ocsp=ocsp,
         services=services,
