@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,17 @@ if TYPE_CHECKING:
     # A plugin of its own: pytest wants to import it first.
     from support.openbao import VaultSite
 
+# What may be revoked, and how the RPC calls it; of an id it is for its form to say.
+SUBJECTS = {
+    "id": "",
+    "spiffe_id": "SPIFFE_ID",
+    "node": "NODE",
+    "entry": "ENTRY",
+    "key": "KEY_FINGERPRINT",
+    "authority": "AUTHORITY",
+    "select": "SELECT",
+}
+_SERIAL = re.compile(r"[0-9a-f]{40}")
 TRUST_DOMAIN = "example.org"
 BROKER_NAME = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/idb/broker").dns_san() or ""
 
@@ -214,12 +226,32 @@ class RunningBroker:
         assert result.status.reason == expect, result.status
         return types_pb2.RegistrationEntry.FromString(result.entry.SerializeToString())
 
-    async def revoke(self, **subject: Any) -> Any:
-        """Revoke; return the answer."""
-        from identity_api.broker.v1 import credential_pb2
+    async def revocations(self) -> Any:
+        """A stub of the Revocation service."""
+        from identity_api.broker.v1 import revocation_pb2_grpc
 
-        credentials = await self.stub(credential_pb2_grpc.CredentialStub)
-        return await credentials.Revoke(credential_pb2.RevokeCredentialRequest(**subject))
+        return await self.stub(revocation_pb2_grpc.RevocationStub)
+
+    async def revoke(self, *, order_id: str = "", **subject: Any) -> Any:
+        """Revoke; return the answer.
+
+        Args:
+            order_id: the revocation's own id.
+            subject: one of `SUBJECTS` and what it is, and other fields of the request.
+        """
+        from identity_api.broker.v1 import revocation_pb2
+
+        [kind] = subject.keys() & SUBJECTS.keys()
+        value = str(subject.pop(kind))
+        name = SUBJECTS[kind] or ("SERIAL" if _SERIAL.fullmatch(value) else "JTI")
+        revocations = await self.revocations()
+        return await revocations.Revoke(
+            revocation_pb2.RevokeRequest(
+                id=order_id,
+                subject=revocation_pb2.RevocationSubject(kind=f"SUBJECT_KIND_{name}", value=value),
+                **subject,
+            )
+        )
 
     async def ledger(self, **wanted: Any) -> list[Any]:
         """What the ledger lists."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from identity_broker.domain.caller import Caller, CallerClass
+from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.node import AttestedNode, Node
+from identity_broker.domain.revocation import SubjectKind
+from identity_broker.domain.selection import subject
 from identity_broker.domain.selector import Selector
 from identity_broker.lifecycle.authorize import Authorize, TtlPolicy
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue, X509Order, one
 from identity_broker.lifecycle.record import Record
-from identity_broker.lifecycle.revoke import Revoke
+from identity_broker.lifecycle.revoke import Ordered, OrderRequest, Revoke
 from identity_broker.lifecycle.rotate import AuthorityPolicy, RotateAuthorities
 from identity_broker.registry.entries import Entries
 from identity_broker.signing import Signing
@@ -34,6 +39,7 @@ START = datetime(2030, 1, 1, tzinfo=UTC)
 DOMAIN = TrustDomain.parse(TRUST_DOMAIN)
 NODE = SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/idb/node/join_token/web-1")
 OPERATOR = Caller(frozenset({CallerClass.LOCAL}), "uid:0")
+_SERIAL = re.compile(r"[0-9a-f]{40}")
 LIFE = timedelta(hours=12)
 HINT = timedelta(minutes=5)
 TTL = TtlPolicy(
@@ -58,8 +64,16 @@ class Parts:
         )
         self.authorize = Authorize(self.directory, DOMAIN, TTL, clock)
         self.record = Record(store, clock, unconfirmed_after=timedelta(minutes=1))
-        self.issue = Issue(self.signing, self.record, clock)
-        self.revoke = Revoke(store, self.directory, clock, self.issue.settled)
+        self.issue = Issue(
+            self.signing, self.record, clock, is_key_blocked=self.directory.is_key_blocked
+        )
+        self.revoke = Revoke(
+            store,
+            self.directory,
+            clock,
+            self.issue.settled,
+            revoke_authority=lambda name, actor: self.rotate.revoke(name, actor),
+        )
         self.entries = Entries(store, self.directory, DOMAIN, clock)
         self.rotate = RotateAuthorities(
             signing=self.signing,
@@ -110,6 +124,22 @@ class Parts:
         """Issue one X.509-SVID."""
         grant = self.authorize.entry(NODE, entry_id)
         return one(await self.issue.x509([X509Order(grant, csr_for(new_key()))]))
+
+    async def end(
+        self,
+        kind: SubjectKind,
+        value: object,
+        reason: RevocationReason = RevocationReason.KEY_COMPROMISE,
+        **options: Any,
+    ) -> Ordered:
+        """Revoke something."""
+        named = subject(kind, str(value), trust_domain=DOMAIN, now=self.clock.now())
+        return await self.revoke.order(OrderRequest(named, reason, **options), OPERATOR)
+
+    async def end_one(self, credential_id: str) -> Ordered:
+        """Revoke one X.509-SVID by its serial, or one JWT-SVID by its jti."""
+        kind = SubjectKind.SERIAL if _SERIAL.fullmatch(credential_id) else SubjectKind.JTI
+        return await self.end(kind, credential_id)
 
     async def close(self) -> None:
         await self.revoke.close()
