@@ -2,7 +2,7 @@
 
 - What is to be told is composed, not queued: changes that wait are joined into one message, so a
   slow node costs a bounded amount of memory and catches up in one step.
-- A node that does not acknowledge for `PATIENCE`, or lets too much wait, is let go.
+- A node that lets too much wait is let go, as is one that acknowledges too slowly.
 - Whatever a node says it has when it connects: until it has acknowledged the first message of this
   stream, it counts as having applied nothing.
 - Touched by the event loop's thread alone; what is told is immutable.
@@ -10,24 +10,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
-from identity_broker.errors import BrokerError, MalformedRequest, WatchLagged
+from identity_broker.domain.revocation import IdentityEpoch
+from identity_broker.errors import MalformedRequest, WatchLagged
+from identity_broker.lifecycle.acknowledged import AcknowledgedStream
 from identity_ca.bundle import TrustBundle
 from identity_ca.spiffe_id import SpiffeId
 
 HEARTBEAT_SECONDS = 15.0
 """A node that is told nothing for so long gets an empty message."""
-PATIENCE_SECONDS = 30.0
-"""A message has to be acknowledged in this time."""
-WINDOW = 64
-"""Messages under way at most; what comes meanwhile is joined."""
 MOST_WAITING = 10_000
 """Items that may wait behind one another; a single change may be larger."""
 
@@ -59,6 +55,9 @@ class News:
         removed_ids: entries that are not the node's any more.
         bundle: when it changed.
         revocations: new ones.
+        released_ids: of credentials that are not revoked any more.
+        epochs: new ones.
+        denied_authorities: all that are, when they changed.
         lists: when they changed.
         entries_digest: of the node's entries once this is applied; see `entry_digest`.
     """
@@ -70,6 +69,9 @@ class News:
     removed_ids: tuple[str, ...]
     bundle: TrustBundle | None
     revocations: tuple[Revocation, ...]
+    released_ids: tuple[str, ...]
+    epochs: tuple[IdentityEpoch, ...]
+    denied_authorities: tuple[str, ...] | None
     lists: Lists | None
     entries_digest: int
 
@@ -85,8 +87,11 @@ class Waiting:
     __slots__ = (
         "bundle",
         "changed",
+        "denied",
+        "epochs",
         "full",
         "lists",
+        "released",
         "removed",
         "revocations",
         "since",
@@ -100,11 +105,15 @@ class Waiting:
         self.changed: dict[str, RegistrationEntry] = {}
         self.removed: dict[str, None] = {}
         self.bundle: TrustBundle | None = None
-        self.revocations: list[Revocation] = []
+        self.revocations: dict[str, Revocation] = {}
+        self.released: dict[str, None] = {}
+        self.epochs: dict[SpiffeId, IdentityEpoch] = {}
+        self.denied: tuple[str, ...] | None = None
         self.lists: Lists | None = None
 
     def __len__(self) -> int:
-        return len(self.changed) + len(self.removed) + len(self.revocations)
+        entries = len(self.changed) + len(self.removed)
+        return entries + len(self.revocations) + len(self.released) + len(self.epochs)
 
     def put(self, entry: RegistrationEntry) -> None:
         """The entry is new to the node, or has changed."""
@@ -118,7 +127,19 @@ class Waiting:
 
     def revoked(self, revocations: Iterable[Revocation]) -> None:
         """These credentials are revoked."""
-        self.revocations.extend(revocations)
+        for revocation in revocations:
+            self.released.pop(revocation.id, None)
+            self.revocations[revocation.id] = revocation
+
+    def release(self, credential_ids: Iterable[str]) -> None:
+        """These are not revoked any more."""
+        for credential_id in credential_ids:
+            self.revocations.pop(credential_id, None)
+            self.released[credential_id] = None
+
+    def raise_epochs(self, epochs: Iterable[IdentityEpoch]) -> None:
+        """Tokens of these identities are too old."""
+        self.epochs.update((epoch.spiffe_id, epoch) for epoch in epochs)
 
     def touch(self, seq: int) -> None:
         """Something was composed in, as of that position."""
@@ -127,20 +148,7 @@ class Waiting:
             self.since = seq
 
 
-@dataclass(slots=True)
-class _Told:
-    """A message under way.
-
-    `since` is the position of the earliest change in it; None for a heartbeat.
-    """
-
-    revision: int
-    since: int | None
-    handed_at: float
-    moved_at: float
-
-
-class NodeStream:
+class NodeStream(AcknowledgedStream):
     """What one node is told, in order.
 
     Args:
@@ -158,6 +166,7 @@ class NodeStream:
         version: str = "",
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(str(node_id), HEARTBEAT_SECONDS, monotonic)
         self.node_id = node_id
         self.parents = parents
         self.version = version
@@ -165,12 +174,11 @@ class NodeStream:
         # The first message makes up for all that came before, not just for the latest change.
         self.waiting.since = 0
         self.revision = 0
-        self._monotonic = monotonic
-        self._under_way: deque[_Told] = deque()
-        self._handed_at = monotonic()
-        self._news = asyncio.Event()
-        self._ended = False
-        self._refusal: BrokerError | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything waits to be told."""
+        return self.waiting.steps > 0
 
     # --- telling ------------------------------------------------------------------------------
 
@@ -182,26 +190,7 @@ class NodeStream:
         self.waiting.touch(seq)
         if self.waiting.steps > 1 and len(self.waiting) > MOST_WAITING:
             self.end(WatchLagged(detail=f"{len(self.waiting)} changes wait for {self.node_id}"))
-        self._news.set()
-
-    async def ready(self) -> bool:
-        """Wait until there is something to tell, or a heartbeat is due.
-
-        Returns:
-            False when the stream has ended in peace.
-
-        Raises:
-            BrokerError: why it has ended otherwise.
-        """
-        try:
-            async with asyncio.timeout(self._handed_at + HEARTBEAT_SECONDS - self._monotonic()):
-                while not (self._ended or (self.waiting.steps and len(self._under_way) < WINDOW)):
-                    self._news.clear()
-                    await self._news.wait()
-        except TimeoutError:
-            self._handed_at = self._monotonic()
-        self.check()
-        return not self._ended
+        self.wake()
 
     def take(self, revision: int, entries_digest: int) -> News:
         """Hand out what waits, as of `revision`; it is under way from now on."""
@@ -213,19 +202,16 @@ class NodeStream:
             changed=tuple(waiting.changed.values()),
             removed_ids=() if waiting.full else tuple(waiting.removed),
             bundle=waiting.bundle,
-            revocations=tuple(waiting.revocations),
+            revocations=tuple(waiting.revocations.values()),
+            released_ids=() if waiting.full else tuple(waiting.released),
+            epochs=tuple(waiting.epochs.values()),
+            denied_authorities=waiting.denied,
             lists=waiting.lists,
             entries_digest=entries_digest,
         )
         self.revision = revision
-        self._handed_at = self._monotonic()
-        self._under_way.append(_Told(revision, waiting.since, self._handed_at, self._handed_at))
+        self.handed(revision, waiting.since)
         return news
-
-    def moved(self) -> None:
-        """A piece of the message handed out last is on its way: the node reads."""
-        if self._under_way:
-            self._under_way[-1].moved_at = self._monotonic()
 
     # --- what the node answers ----------------------------------------------------------------
 
@@ -242,9 +228,9 @@ class NodeStream:
             raise MalformedRequest(f"ack.revision {revision} was not sent to this node")
         took = []
         now = self._monotonic()
-        while self._under_way and self._under_way[0].revision <= revision:
+        while self._under_way and self._under_way[0].position <= revision:
             took.append(now - self._under_way.popleft().handed_at)
-        self._news.set()
+        self.wake()
         return took
 
     def has_applied(self, seq: int) -> bool:
@@ -253,36 +239,6 @@ class NodeStream:
         Nothing more is told on a stream that has ended, so nothing can be said of it.
         """
         waits = self.waiting.since
-        if self._ended or (waits is not None and waits <= seq):
+        if self.ended or (waits is not None and waits <= seq):
             return False
         return not any(told.since is not None and told.since <= seq for told in self._under_way)
-
-    # --- ending -------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Find out whether the node keeps up.
-
-        Raises:
-            WatchLagged: it read or acknowledged too slowly.
-            BrokerError: the stream was ended.
-        """
-        if self._refusal is not None:
-            raise self._refusal
-        if self._under_way:
-            late = self._monotonic() - self._under_way[0].moved_at
-            if late > PATIENCE_SECONDS:
-                raise WatchLagged(
-                    detail=f"{self.node_id} acknowledged nothing for {late:.0f} s",
-                )
-
-    def end(self, refusal: BrokerError | None = None) -> None:
-        """End the stream, in peace or with a refusal. The first end counts."""
-        if not self._ended:
-            self._ended = True
-            self._refusal = refusal
-            self._news.set()
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is told any more."""
-        return self._ended

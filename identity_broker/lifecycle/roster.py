@@ -4,17 +4,20 @@
   there are too many.
 - `applied` answers read-your-writes: every node that was to be told of a change has acknowledged
   it, or is named.
+- A node speaks for the workloads behind it: they are connected as long as it is, and says so.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 from identity_broker.errors import WatchLagged
 from identity_broker.lifecycle.node_stream import NodeStream
+from identity_broker.lifecycle.verifiers import Verifier, VerifierKind, Verifiers
 from identity_ca.spiffe_id import SpiffeId
 
 MOST_OF_A_NODE = 8
@@ -64,11 +67,18 @@ class Roster:
 
     Args:
         on_count: told how many nodes are connected, whenever that changes.
+        verifiers: where nodes and the workloads behind them are entered.
     """
 
-    def __init__(self, on_count: Callable[[int], object] = lambda _count: None) -> None:
+    def __init__(
+        self,
+        on_count: Callable[[int], object] = lambda _count: None,
+        verifiers: Verifiers | None = None,
+    ) -> None:
         self._on_count = on_count
+        self._verifiers = verifiers if verifiers is not None else Verifiers()
         self._nodes: dict[SpiffeId, list[NodeStream]] = {}
+        self._behind: dict[SpiffeId, dict[Verifier, int]] = {}
         self._waits: set[_Wait] = set()
 
     def __len__(self) -> int:
@@ -92,6 +102,9 @@ class Roster:
         """A node has connected."""
         streams = self._nodes.setdefault(stream.node_id, [])
         streams.append(stream)
+        if len(streams) == 1:
+            has = partial(self._has_applied, stream.node_id)
+            self._verifiers.enter(_agent(stream.node_id), has)
         if len(streams) > MOST_OF_A_NODE:
             streams[0].end(
                 WatchLagged(
@@ -109,7 +122,39 @@ class Roster:
         streams.remove(stream)
         if not streams:
             del self._nodes[stream.node_id]
+            self._report(stream.node_id, {})
+            self._verifiers.leave(_agent(stream.node_id))
             self._on_count(len(self))
+
+    def report(self, stream: NodeStream, reported: Mapping[str, int]) -> None:
+        """The node says who follows revocations through it, and how far each has come.
+
+        Args:
+            stream: of a node that speaks with another one as well, only the newest is heard.
+            reported: name → the revision it has acknowledged.
+        """
+        streams = self._nodes.get(stream.node_id)
+        if streams and streams[-1] is stream:
+            self._report(stream.node_id, reported)
+
+    def _report(self, node_id: SpiffeId, reported: Mapping[str, int]) -> None:
+        behind = self._behind.setdefault(node_id, {})
+        told = {
+            Verifier(VerifierKind.BEHIND, name, str(node_id)): revision
+            for name, revision in reported.items()
+        }
+        for verifier in behind.keys() - told.keys():
+            del behind[verifier]
+            self._verifiers.leave(verifier)
+        for verifier, revision in told.items():
+            before = behind.get(verifier)
+            behind[verifier] = revision
+            if before is None:
+                self._verifiers.enter(verifier, partial(_stands_at, behind, verifier))
+            elif before != revision:
+                self._verifiers.progressed(verifier)
+        if not behind:
+            del self._behind[node_id]
 
     def forget(self, node_id: SpiffeId) -> None:
         """The node is not welcome any more: nobody waits for it."""
@@ -118,6 +163,7 @@ class Roster:
 
     def progressed(self, stream: NodeStream) -> None:
         """The node has acknowledged something."""
+        self._verifiers.progressed(_agent(stream.node_id))
         for wait in tuple(self._waits):
             if stream.node_id in wait.missing and self._has_applied(stream.node_id, wait.seq):
                 wait.answered(stream.node_id)
@@ -153,3 +199,11 @@ class Roster:
     def _has_applied(self, node_id: SpiffeId, seq: int) -> bool:
         streams = self._nodes.get(node_id)
         return streams is not None and streams[-1].has_applied(seq)
+
+
+def _agent(node_id: SpiffeId) -> Verifier:
+    return Verifier(VerifierKind.AGENT, str(node_id))
+
+
+def _stands_at(behind: Mapping[Verifier, int], verifier: Verifier, position: int) -> bool:
+    return behind.get(verifier, -1) >= position

@@ -1,4 +1,4 @@
-"""What each connected node is told: its entries, the bundle, revocations and revocation lists.
+"""What each connected node is told: its entries, the bundle, what is refused, revocation lists.
 
 - A node's entries are those below its parents (itself and its groups), not disabled nor held; a
   test holds that against `Authorize.entries`. Expired ones are among them: the node looks at its
@@ -76,6 +76,7 @@ class NodeSync:
         self._lists = lists
         self._parents: dict[SpiffeId, _Parent] = {}
         self._live_groups: dict[str, bool] = {}
+        self._denied = directory.denied_authorities()
         directory.listen(self._on_update)
 
     # --- one node ---------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ class NodeSync:
         if not resumed:
             self._begin(stream)
         stream.waiting.bundle, stream.waiting.lists = bundle, lists
+        stream.waiting.denied = self._directory.denied_authorities()
         self._roster.enter(stream)
         stream.touch(self._directory.seq)
         _log.info(
@@ -147,6 +149,7 @@ class NodeSync:
             for entry in self._told_of(parent):
                 waiting.put(entry)
         waiting.revoked(self._directory.revocations())
+        waiting.raise_epochs(self._directory.epochs())
 
     def _resume(self, stream: NodeStream, resume: Resume) -> bool:
         """Let what the node missed wait for it; False where that cannot be known."""
@@ -170,6 +173,8 @@ class NodeSync:
             stream.waiting.removed.clear()
             return False
         stream.waiting.revoked(past.revocations)
+        stream.waiting.release(past.released)
+        stream.waiting.raise_epochs(past.epochs)
         stream.revision = resume.revision
         return True
 
@@ -222,13 +227,25 @@ class NodeSync:
             touched.update(self._regrouped(groups))
         for node_id in update.changed_node_ids:
             touched.update(self._node_changed(node_id))
-        if update.revocations:
-            for stream in self._streams():
-                stream.waiting.revoked(update.revocations)
-                touched.add(stream)
+        touched.update(self._denied_changed(update))
         for stream in touched:
             if not stream.ended:
                 stream.touch(update.seq)
+
+    def _denied_changed(self, update: Update) -> list[NodeStream]:
+        """Let everybody know what is refused from now on, and what is not any more."""
+        before, self._denied = self._denied, self._directory.denied_authorities()
+        others = self._denied != before
+        if not (update.revocations or update.released or update.epochs or others):
+            return []
+        streams = list(self._streams())
+        for stream in streams:
+            stream.waiting.revoked(update.revocations)
+            stream.waiting.release(update.released)
+            stream.waiting.raise_epochs(update.epochs)
+            if others:
+                stream.waiting.denied = self._denied
+        return streams
 
     def _changed(
         self, entry_id: str, before: RegistrationEntry | None, after: RegistrationEntry | None
