@@ -74,8 +74,8 @@ def svid() -> None:
     "--write",
     type=_FILE,
     metavar="DIR",
-    help="Write svid.pem, key.pem (0600), bundle.pem and crl.pem there, and the same as a SPIFFE "
-    "credential folder; all of them change at once.",
+    help="Write svid.pem, key.pem (0600), bundle.pem, crl.pem and ocsp.der (the OCSP answer to "
+    "staple) there, and the same as a SPIFFE credential folder; all of them change at once.",
 )
 @click.option(
     "--exec",

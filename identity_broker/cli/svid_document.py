@@ -21,10 +21,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from identity_broker.cli.errors import FileMalformed
 from identity_broker.cli.files import read_input
 from identity_broker.cli.output import Style, Text, facts, moment
+from identity_broker.cli.svid_staple import responder_urls
 from identity_ca.errors import CAError
 from identity_ca.keys import algorithm_of
 from identity_ca.serial import serial_hex
 
+# Where to ask whether it is revoked, if the certificate says so.
+_WHERE = (("revocation lists", "crl_urls"), ("ocsp responders", "ocsp_urls"))
 _JWT = re.compile(rb"\s*([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*)\s*")
 
 
@@ -61,6 +64,8 @@ def certificate_document(certificate: x509.Certificate) -> dict[str, Any]:
         "key": _key(certificate),
         "not_before": certificate.not_valid_before_utc,
         "expires_at": certificate.not_valid_after_utc,
+        "crl_urls": _crl_urls(certificate),
+        "ocsp_urls": responder_urls(certificate),
         "digest": sha256(der).hexdigest(),
     }
 
@@ -80,6 +85,7 @@ def render_certificate(document: dict[str, Any], now: datetime) -> str:
             ("issuer", document["issuer"] or "-"),
             ("not before", moment(document["not_before"], now=now)),
             ("expires", Text(expires, Style.BAD) if expired else expires),
+            *((name, "\n".join(document[key])) for name, key in _WHERE if document[key]),
             ("sha-256", document["digest"]),
         ]
     )
@@ -135,6 +141,15 @@ def _names(certificate: x509.Certificate, kind: Any) -> list[str]:
     except (x509.ExtensionNotFound, ValueError):
         return []
     return list(san.get_values_for_type(kind))
+
+
+def _crl_urls(certificate: x509.Certificate) -> list[str]:
+    try:
+        points = certificate.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    names = [name for point in points for name in point.full_name or ()]
+    return [each.value for each in names if isinstance(each, x509.UniformResourceIdentifier)]
 
 
 def _is_ca(certificate: x509.Certificate) -> bool:

@@ -3,6 +3,8 @@
 - Files are replaced before the hook runs, and the hook runs after every complete replacement.
 - A failing hook or a full disk is told and, while watching, does not end the watch: what is on
   disk stays, and a disk that could not be written to is tried again.
+- The OCSP answer to staple is written together with its SVID, and again when there is a newer one.
+  Asking for it may delay the files by a few seconds, and never prevents them.
 - Nothing secret is printed: keys go into --write's directory or nowhere.
 """
 
@@ -23,6 +25,7 @@ from typing import Any
 
 from identity_broker.cli.errors import FileUnusable, HookFailed, UsageRefused
 from identity_broker.cli.output import OutputFormat, distance, emit, say, to_document
+from identity_broker.cli.svid_staple import Stapler
 from identity_broker.cli.svid_writer import SvidFile, SvidFolder, svid_files
 from identity_broker.domain.clock import SystemClock
 from identity_client.aio import IdentitySource
@@ -96,8 +99,8 @@ async def _run(source: IdentitySource, deliverer: _Deliverer) -> None:
     delivery = deliverer.delivery
     async with source:
         if not delivery.watch:
-            snapshot = await source.wait_ready(delivery.timeout)
-            await deliverer.deliver(snapshot, source.crls)
+            await source.wait_ready(delivery.timeout)
+            await deliverer.deliver(source)
             return
         following = asyncio.create_task(_follow(source, deliverer))
         loop = asyncio.get_running_loop()
@@ -112,6 +115,7 @@ async def _follow(source: IdentitySource, deliverer: _Deliverer) -> None:
         asyncio.create_task(work)
         for work in (
             _deliver_all(source, deliverer),
+            _keep_stapling(source, deliverer),
             _end_when_hopeless(source),
             _tell_trouble(source),
         )
@@ -129,18 +133,29 @@ async def _follow(source: IdentitySource, deliverer: _Deliverer) -> None:
 async def _deliver_all(source: IdentitySource, deliverer: _Deliverer) -> None:
     await source.wait_ready(deliverer.delivery.timeout)
     async for _ in source.updates(crls=True):
-        while source.status().ready:
-            try:
-                await deliverer.deliver(source.snapshot(), source.crls)
-            except FileUnusable as error:
-                say(f"{error}; trying again")
-                await asyncio.sleep(_WRITE_AGAIN_SECONDS)
-                continue
-            except HookFailed as error:
-                say(str(error))
-            except SourceError:
-                pass  # Gone since it was looked at; what comes next is delivered.
-            break
+        await _deliver_now(source, deliverer)
+
+
+async def _keep_stapling(source: IdentitySource, deliverer: _Deliverer) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        if deliverer.is_staple_due():
+            await _deliver_now(source, deliverer)
+
+
+async def _deliver_now(source: IdentitySource, deliverer: _Deliverer) -> None:
+    while source.status().ready:
+        try:
+            await deliverer.deliver(source)
+        except FileUnusable as error:
+            say(f"{error}; trying again")
+            await asyncio.sleep(_WRITE_AGAIN_SECONDS)
+            continue
+        except HookFailed as error:
+            say(str(error))
+        except SourceError:
+            pass  # Gone since it was looked at; what comes next is delivered.
+        break
 
 
 async def _tell_trouble(source: IdentitySource) -> None:
@@ -171,15 +186,27 @@ class _Deliverer:
     def __init__(self, delivery: Delivery, folder: SvidFolder | None) -> None:
         self.delivery = delivery
         self._folder = folder
+        self._stapler = None if folder is None else Stapler()
+        self._delivering = asyncio.Lock()
         self._delivered: dict[str, SvidFile] = {}
 
-    async def deliver(self, snapshot: IdentitySnapshot, crls: tuple[bytes, ...]) -> None:
-        """Deliver one generation, unless no file would differ.
+    def is_staple_due(self) -> bool:
+        """Whether there should be a newer OCSP answer by now."""
+        return self._stapler is not None and self._stapler.is_due()
+
+    async def deliver(self, source: IdentitySource) -> None:
+        """Deliver what the source holds now, unless no file would differ.
 
         Raises:
             FileUnusable, HookFailed.
+            SourceError: it holds nothing.
         """
-        wanted = svid_files(snapshot, crls)
+        async with self._delivering:
+            await self._deliver(source.snapshot(), source.crls)
+
+    async def _deliver(self, snapshot: IdentitySnapshot, crls: tuple[bytes, ...]) -> None:
+        staple = None if self._stapler is None else await self._stapler.answer(snapshot)
+        wanted = svid_files(snapshot, crls, staple)
         if wanted == self._delivered:
             return  # The keys of JWT-SVIDs have changed: no file has any.
         files: dict[str, str] = {}
@@ -193,7 +220,7 @@ class _Deliverer:
             "spiffe_id": str(snapshot.spiffe_id),
             "serial": snapshot.serial,
             "expires_at": snapshot.not_after,
-            "files": {name.removesuffix(".pem"): path for name, path in files.items()},
+            "files": {name.rpartition(".")[0]: path for name, path in files.items()},
         }
         if self.delivery.hook:
             document["exec_exit_code"] = exit_code

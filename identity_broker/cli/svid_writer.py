@@ -1,8 +1,9 @@
 """An SVID as files that other programs read, replaced whole.
 
-- `DIR/svid.pem`, `key.pem` (0600), `bundle.pem` and, where there are any, `crl.pem`; beside them
-  what the SPIFFE Filesystem Delivery standard calls a credential folder: key and chain in
-  `credential-bundle.private-key.pem` (0600), and `NAME.spiffe-trust-bundle.pem` per trust domain.
+- `DIR/svid.pem`, `key.pem` (0600), `bundle.pem` and, where there are any, `crl.pem` and `ocsp.der`
+  (the OCSP answer that a server staples to its SVID); beside them what the SPIFFE Filesystem
+  Delivery standard calls a credential folder: key and chain in `credential-bundle.private-key.pem`
+  (0600), and `NAME.spiffe-trust-bundle.pem` per trust domain.
 - All of them change in one rename: they are symbolic links through `.current`, which names the
   directory of the newest generation. No reader finds a key without its certificate, and a crash at
   any moment leaves the old generation or the new one.
@@ -56,8 +57,10 @@ class SvidFile:
         return 0o600 if self.secret else 0o644
 
 
-def svid_files(snapshot: IdentitySnapshot, crls: Sequence[bytes]) -> dict[str, SvidFile]:
-    """The files of one moment, by name."""
+def svid_files(
+    snapshot: IdentitySnapshot, crls: Sequence[bytes], staple: bytes | None = None
+) -> dict[str, SvidFile]:
+    """The files of one moment, by name; `staple` is the OCSP answer for this SVID, DER."""
     chain = snapshot.x509.chain_pem
     anchors = set(snapshot.bundle.x509_authorities)
     below_anchors = b"".join(
@@ -80,6 +83,8 @@ def svid_files(snapshot: IdentitySnapshot, crls: Sequence[bytes]) -> dict[str, S
     if crls:
         lists = (x509.load_der_x509_crl(der) for der in crls)
         files["crl.pem"] = SvidFile(b"".join(one.public_bytes(Encoding.PEM) for one in lists))
+    if staple is not None:
+        files["ocsp.der"] = SvidFile(staple)
     return files
 
 
