@@ -29,6 +29,7 @@ from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.revocation import RevocationSubject, SubjectKind
+from identity_broker.domain.selection import Selection
 from identity_broker.errors import BrokerError, JoinTokenRejected, MalformedRequest, SubjectNotFound
 from identity_broker.lifecycle.revoke import OrderRequest, Revoke
 from identity_broker.store import Repositories, Store
@@ -132,14 +133,16 @@ class Leaks:
                 hint="sign the challenge's message, byte for byte",
             ) from exc
         fingerprint = key_fingerprint(key)
-        now = self._clock.now()
-        known = await self._store.read(
-            lambda repos: repos.credentials.is_issued_to(fingerprint, now)
-        )
-        if known:
+        if await self._is_ours(fingerprint):
             await self._end(SubjectKind.KEY_FINGERPRINT, fingerprint, reporter)
         else:
             _log.info("leak of an unknown key reported", caller=reporter)
+
+    async def _is_ours(self, fingerprint: str) -> bool:
+        subject = RevocationSubject(SubjectKind.KEY_FINGERPRINT, fingerprint)
+        selection, now = Selection.of(subject), self._clock.now()
+        found = await self._store.read(lambda repos: repos.credentials.count(selection, now))
+        return found.live_x509 + found.already_revoked > 0
 
     # --- tokens -----------------------------------------------------------------------------------
 

@@ -15,16 +15,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from starlette.routing import Route
+
 from identity_broker.config.settings import LimitSettings, Settings
 from identity_broker.domain.clock import Clock, SystemClock
 from identity_broker.errors import AuthorityUnavailable, BrokerError
 from identity_broker.lifecycle.directory import Update
+from identity_broker.lifecycle.leaks import Leaks
 from identity_broker.server.http.app import build_app
+from identity_broker.server.http.leaks import leak_routes
 from identity_broker.server.http.listener import HttpListener
 from identity_broker.server.http.ocsp import ocsp_routes
 from identity_broker.server.http.readiness import Readiness
+from identity_broker.server.http.revocations import revocation_routes
 from identity_broker.server.jobs import Job, Jobs
 from identity_broker.server.jobs.retention import Retention
+from identity_broker.server.jobs.status_watch import StatusWatch
 from identity_broker.server.parts import Parts, build_parts
 from identity_broker.server.refusals import Refusals
 from identity_broker.server.rpc.health import Health
@@ -100,6 +106,22 @@ class Broker:
         self._ocsp_responders = parts.ocsp_responders
         self._ocsp = parts.ocsp
         self._services = parts.services
+        self._leaks = Leaks(
+            store=parts.store,
+            revoke=parts.revoke,
+            trust_domain=parts.settings.server.trust_domain,
+            bundle=lambda: parts.signing.bundle,
+            clock=parts.clock,
+        )
+        self._http_address: str | None = None
+        self._status_watch = StatusWatch(
+            address=lambda: self._http_address,
+            authorities=lambda: parts.signing.authorities.x509_set.trusted,
+            directory=parts.directory,
+            store=parts.store,
+            clock=parts.clock,
+            metrics=parts.metrics,
+        )
         self._refusals = Refusals(parts.store, parts.clock)
         self._retention = Retention(parts.store, parts.clock, parts.settings.ledger.retain_expired)
         self._stopping = asyncio.Event()
@@ -127,16 +149,32 @@ class Broker:
                 metrics=self._metrics,
                 bundle=lambda: self._signing.bundle,
                 stopping=self._stopping.is_set,
-                routes=[*ocsp_routes(self._ocsp, clock=self._clock, metrics=self._metrics)],
+                routes=self._routes(),
             ),
         )
         doors: list[Callable[[timedelta], Awaitable[None]]] = []
         resources.push_async_callback(self._drain, doors)
         await http.start()
+        self._http_address = http.address
         doors.append(http.stop)
         addresses = await self._open_listeners(doors, http.address)
         self._health.set_all(True)
         return addresses
+
+    def _routes(self) -> list[Route]:
+        routes = [
+            *ocsp_routes(self._ocsp, clock=self._clock, metrics=self._metrics),
+            *revocation_routes(
+                self._directory,
+                trust_domain=self._settings.server.trust_domain,
+                clock=self._clock,
+            ),
+        ]
+        revocation = self._settings.revocation
+        if revocation.leak_reports:
+            per_minute = revocation.leak_reports_per_minute
+            routes += leak_routes(self._leaks, per_minute=per_minute, clock=self._clock)
+        return routes
 
     async def _open_listeners(
         self, doors: list[Callable[[timedelta], Awaitable[None]]], http_address: str
@@ -186,6 +224,7 @@ class Broker:
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
             Job("bundle_file", _10S, self._trust.write_file),
+            Job("status_watch", timedelta(minutes=1), self._status_watch.run),
             Job("ocsp_responders", _30S, self._ocsp_responders.renew),
             Job("authorities", min(_30S, settings.ca.x509_ca_ttl / 24), self._rotate),
             Job("sweep", min(_30S, settings.ledger.unconfirmed_after / 2), self._sweep),

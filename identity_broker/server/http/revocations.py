@@ -12,7 +12,7 @@ GET /revocations   {"trust_domain", "sequence", "issued_at", "refresh_hint",
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from starlette.requests import Request
@@ -37,13 +37,11 @@ class Denials(Protocol):
 
     def epochs(self) -> Sequence[IdentityEpoch]: ...
 
+    def denied_authorities(self) -> Sequence[str]: ...
+
 
 def revocation_routes(
-    denials: Denials,
-    *,
-    denied_authorities: Callable[[], Sequence[str]],
-    trust_domain: TrustDomain,
-    clock: Clock,
+    denials: Denials, *, trust_domain: TrustDomain, clock: Clock
 ) -> Sequence[Route]:
     """The route."""
 
@@ -76,7 +74,7 @@ def revocation_routes(
                 for each in denials.epochs()
                 if each.expires_at > now
             ],
-            "authorities": sorted(denied_authorities()),
+            "authorities": sorted(denials.denied_authorities()),
         }
         return Response(
             json.dumps(content, separators=(",", ":")),
