@@ -103,21 +103,26 @@ class Holds:
 
     async def _lift(self, name: str, by: str) -> Lifted:
         now = self._clock.now()
-
-        def write(repos: Repositories) -> Lifted:
-            before = repos.holds.get(name)
-            if before.lifted_at is not None:
-                return Lifted(before, 0, ())
-            hold, freed = repos.holds.lift(name, now, by)
-            released = _release(repos, hold, now)
-            repos.audit.append(_event(AuditKind.HOLD_LIFTED, hold, now, len(freed)))
-            if released:
-                repos.audit.append(_event(AuditKind.CREDENTIAL_RELEASED, hold, now, released))
-            return Lifted(hold, released, tuple(freed))
-
-        lifted = await self._store.write(write)
+        lifted = await self._store.write(lambda repos: lift_in(repos, name, now, by))
         await self._directory.sync()
         return lifted
+
+
+def lift_in(repos: Repositories, name: str, now: datetime, by: str) -> Lifted:
+    """Lift a hold in a transaction; one that is lifted already stays so.
+
+    Raises:
+        HoldNotFound: there is none with that name.
+    """
+    before = repos.holds.get(name)
+    if before.lifted_at is not None:
+        return Lifted(before, 0, ())
+    hold, freed = repos.holds.lift(name, now, by)
+    released = _release(repos, hold, now)
+    repos.audit.append(_event(AuditKind.HOLD_LIFTED, hold, now, len(freed)))
+    if released:
+        repos.audit.append(_event(AuditKind.CREDENTIAL_RELEASED, hold, now, released))
+    return Lifted(hold, released, freed)
 
 
 def _release(repos: Repositories, hold: Hold, now: datetime) -> int:

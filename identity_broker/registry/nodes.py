@@ -16,6 +16,7 @@ from identity_broker.domain.node import JoinToken, Node
 from identity_broker.domain.paging import NodeFilter, Page
 from identity_broker.domain.revocation import RevocationSubject, SubjectKind
 from identity_broker.errors import MalformedRequest
+from identity_broker.lifecycle.holds import lift_in
 from identity_broker.lifecycle.revoke import OrderRequest, Revoke
 from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
@@ -51,7 +52,7 @@ class Nodes:
     async def ban(self, spiffe_id: SpiffeId, reason: str, caller: Caller) -> tuple[Node, int]:
         """Refuse the node from now on; revoke its SVIDs and all that was issued through it.
 
-        Lifting the hold that this makes lets it in again.
+        It is let in again by lifting the hold that this makes, or by evicting it.
 
         Returns:
             The node, and how many credentials were revoked.
@@ -76,14 +77,19 @@ class Nodes:
     async def evict(self, spiffe_id: SpiffeId, caller: Caller) -> int:
         """Forget the node and revoke its SVIDs; return how many were revoked.
 
-        It may attest again at once: what is issued to it then is no business of this.
+        It may attest again at once, whatever held it: what is issued to it then is no business of
+        this.
 
         Raises:
             NodeNotFound: there is none with that ID.
             StoreUnavailable: repeat the call.
         """
+        now = self._clock.now()
 
         def forget(repos: Repositories) -> None:
+            repos.nodes.get(spiffe_id)
+            while hold := repos.holds.of_node(spiffe_id):
+                lift_in(repos, hold, now, caller.name)
             repos.nodes.delete(spiffe_id)
             repos.audit.append(self._event(AuditKind.NODE_EVICTED, spiffe_id, caller, ""))
 

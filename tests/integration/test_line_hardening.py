@@ -110,8 +110,7 @@ async def test_an_svid_that_expires_on_an_open_connection_is_refused(tmp_path: P
     ) as broker:
         node = await broker.join("web-1")
         await node.entries.ListAuthorized(entry_pb2.ListAuthorizedRequest())
-        watch = node.credentials.WatchRevocations(credential_pb2.WatchRevocationsRequest())
-        assert (await watch.read()).synced
+        watch = await node.follow()
         clock.ahead = timedelta(hours=1, seconds=1)
         error = await refused(node.entries.ListAuthorized(entry_pb2.ListAuthorizedRequest()))
         assert reason_of(error) == "UNAUTHENTICATED"

@@ -12,15 +12,23 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from identity_api.broker.v1 import credential_pb2, credential_pb2_grpc, node_attestation_pb2_grpc
+from identity_api.broker.v1 import (
+    credential_pb2,
+    credential_pb2_grpc,
+    entry_pb2,
+    entry_pb2_grpc,
+    node_attestation_pb2_grpc,
+)
 from identity_api.broker.v1 import node_attestation_pb2 as pb
-from identity_broker.domain.credential import CredentialState, RevocationReason
+from identity_broker.domain.credential import CredentialState
+from identity_broker.domain.revocation import SubjectKind
 from identity_broker.errors import (
     ConfigError,
     EntryNotAuthorized,
     SigningBackendUnavailable,
     StoreUnavailable,
 )
+from identity_broker.lifecycle.denials import Denials
 from identity_broker.lifecycle.issue import X509Order, one
 from identity_broker.lifecycle.rotate import RotateServer
 from identity_broker.server.app import run_broker
@@ -31,9 +39,7 @@ from identity_ca.keys import KeyAlgorithm, LocalSigningKey, generate_private_key
 from identity_ca.profile import WORKLOAD
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from support.line import csr_for, new_key, node_id, reason_of, running, settings_in
-from support.verbs import HINT, LIFE, NODE, OPERATOR, START, Parts
-
-STOLEN = RevocationReason.KEY_COMPROMISE
+from support.verbs import HINT, LIFE, NODE, START, Parts
 
 
 async def test_revocations_at_once_each_wait_for_all_that_is_under_way(parts: Parts) -> None:
@@ -51,10 +57,10 @@ async def test_revocations_at_once_each_wait_for_all_that_is_under_way(parts: Pa
     issuing = asyncio.create_task(parts.svid())
     await reached.wait()
     revoking = [
-        asyncio.create_task(parts.revoke.identity(spiffe_id, STOLEN, "", OPERATOR))
+        asyncio.create_task(parts.end(SubjectKind.SPIFFE_ID, spiffe_id))
         for spiffe_id in (other.spiffe_id, entry.spiffe_id)
     ]
-    while not all(item.disabled for item in parts.directory.entries()):
+    while not all(item.held_by for item in parts.directory.entries()):
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)
     assert not any(task.done() for task in revoking)
@@ -79,7 +85,7 @@ async def test_what_outlives_its_caller_is_waited_for(parts: Parts) -> None:
     await reached.wait()
     issuing.cancel()
     await asyncio.gather(issuing, return_exceptions=True)
-    revoking = asyncio.create_task(parts.revoke.identity(entry.spiffe_id, STOLEN, "", OPERATOR))
+    revoking = asyncio.create_task(parts.end(SubjectKind.SPIFFE_ID, entry.spiffe_id))
     await asyncio.sleep(0.1)
     assert not revoking.done()
     go_on.set()
@@ -89,7 +95,7 @@ async def test_what_outlives_its_caller_is_waited_for(parts: Parts) -> None:
 async def test_what_another_broker_had_under_way_is_revoked_a_moment_later(parts: Parts) -> None:
     entry = await parts.admit()
     stale = parts.authorize.entry(NODE, entry.id)  # granted before the other broker heard of it
-    await parts.revoke.identity(entry.spiffe_id, STOLEN, "", OPERATOR)
+    await parts.end(SubjectKind.SPIFFE_ID, entry.spiffe_id)
     late = one(await parts.issue.x509([X509Order(stale, csr_for(new_key()))]))
     async with asyncio.timeout(10):
         while not parts.directory.is_revoked(late.serial):
@@ -103,10 +109,10 @@ async def test_revoking_an_identity_reads_its_entries_where_they_are_stored(part
     # This broker has not heard yet that one entry went and another came.
     parts.directory.sync = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
     await parts.store.write(lambda repos: repos.entries.delete(gone.id))
-    parts.directory.fill(parts.directory.seq, [gone], [], [])
-    revoked = await parts.revoke.identity(new.spiffe_id, STOLEN, "", OPERATOR)
+    parts.directory.fill(parts.directory.seq, [gone], [], Denials())
+    revoked = await parts.end(SubjectKind.SPIFFE_ID, new.spiffe_id)
     assert issued.serial in {item.id for item in revoked.revocations}
-    assert revoked.disabled_entry_ids == ("new",)
+    assert revoked.held_entry_ids == ("new",)
 
 
 async def test_nothing_outlives_the_entry_it_is_issued_from(parts: Parts) -> None:
@@ -206,7 +212,7 @@ async def test_the_brokers_own_svid_is_replaced_when_it_is_revoked(parts: Parts)
     assert server.current is not None
     serial = server.current.credential.serial
     assert not await server.run()
-    await parts.revoke.credential(serial, STOLEN, "", OPERATOR)
+    await parts.end_one(serial)
     assert await server.run()
     assert server.current.credential.serial != serial
 
@@ -284,14 +290,11 @@ async def test_draining_takes_one_grace_for_all_doors(tmp_path: Path) -> None:
     async with running(settings) as broker:
         node = await broker.join("web-1")
         watches: list[Any] = [
-            node.credentials.WatchRevocations(credential_pb2.WatchRevocationsRequest()),
-            (await broker.stub(credential_pb2_grpc.CredentialStub)).WatchRevocations(
-                credential_pb2.WatchRevocationsRequest()
-            ),
+            await node.follow(),
+            (await broker.stub(entry_pb2_grpc.EntryStub)).Watch(entry_pb2.WatchEntriesRequest()),
             node_attestation_pb2_grpc.NodeAttestationStub(await broker.bootstrap()).Attest(),
         ]
-        for watch in watches[:2]:
-            await watch.read()
+        await watches[1].read()
         started = time.monotonic()
     assert time.monotonic() - started < 4
 
@@ -303,7 +306,7 @@ async def test_what_is_expired_by_a_wrong_clock_can_still_be_revoked(parts: Part
     parts.clock.time += timedelta(hours=2)
     await parts.record.expire()
     parts.clock.time = START + HINT
-    await parts.revoke.credential(issued.serial, STOLEN, "", OPERATOR)
+    await parts.end_one(issued.serial)
     stored = await parts.store.read(lambda repos: repos.credentials.get(issued.serial))
     assert stored.state is CredentialState.REVOKED
     assert parts.directory.is_revoked(issued.serial)
@@ -312,7 +315,7 @@ async def test_what_is_expired_by_a_wrong_clock_can_still_be_revoked(parts: Part
 async def test_a_clock_that_went_forward_and_back_forgets_no_revocation(parts: Parts) -> None:
     await parts.admit()
     issued = await parts.svid()
-    await parts.revoke.credential(issued.serial, STOLEN, "", OPERATOR)
+    await parts.end_one(issued.serial)
     parts.clock.time += timedelta(hours=2)
     await parts.directory.forget_expired()
     assert not parts.directory.is_revoked(issued.serial)

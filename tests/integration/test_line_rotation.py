@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import pytest
 
-from identity_broker.domain.credential import CredentialState, RevocationReason
+from identity_broker.domain.credential import CredentialState
 from identity_broker.domain.entry import RegistrationEntry
+from identity_broker.domain.revocation import SubjectKind
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AuthorityUnavailable, PolicyViolation
 from identity_broker.lifecycle.directory import Directory, Update
@@ -157,9 +158,9 @@ async def test_revoking_an_identity_catches_what_was_being_issued(parts: Parts) 
     issuing = asyncio.create_task(parts.issue.x509([X509Order(grant, csr_for(new_key()))]))
     await reached.wait()
     revoking = asyncio.create_task(
-        parts.revoke.identity(entry.spiffe_id, RevocationReason.KEY_COMPROMISE, "stolen", OPERATOR)
+        parts.end(SubjectKind.SPIFFE_ID, entry.spiffe_id, comment="stolen")
     )
-    while not (parts.directory.entry(entry.id) or entry).disabled:
+    while not (parts.directory.entry(entry.id) or entry).held_by:
         await asyncio.sleep(0.01)
     assert not revoking.done()
     go_on.set()
@@ -202,7 +203,7 @@ async def test_a_directory_that_fell_behind_starts_over(parts: Parts) -> None:
             [X509Order(parts.authorize.entry(NODE, kept.id), csr_for(new_key()))]
         )
     )
-    await parts.revoke.credential(issued.serial, RevocationReason.UNSPECIFIED, "", OPERATOR)
+    await parts.end_one(issued.serial)
     new = RegistrationEntry(
         id="new",
         spiffe_id=SpiffeId.parse(f"spiffe://{TRUST_DOMAIN}/new"),

@@ -75,7 +75,7 @@ async def test_a_credential_walks_the_whole_line(broker: RunningBroker) -> None:
 
     revoked = await broker.revoke(spiffe_id="spiffe://example.org/payments/api", reason=1)
     assert list(revoked.revoked_ids) == [result.svid.serial]
-    assert list(revoked.disabled_entry_ids) == [entry.id]
+    assert list(revoked.revocation.held_entry_ids) == [entry.id]
     again = await node.issue(entry.id)
     assert again.status.reason == "ENTRY_NOT_AUTHORIZED"
     [recorded] = await broker.ledger(spiffe_id="spiffe://example.org/payments/api")
@@ -115,9 +115,7 @@ async def test_a_banned_node_is_refused_on_an_open_connection(broker: RunningBro
 
 async def test_a_banned_node_loses_its_open_stream(broker: RunningBroker) -> None:
     node = await broker.join("web-1")
-    stream = node.credentials.WatchRevocations(credential_pb2.WatchRevocationsRequest())
-    first = await stream.read()
-    assert first.synced
+    stream = await node.follow()
     nodes = await broker.stub(node_pb2_grpc.NodeStub)
     await nodes.Ban(node_pb2.BanNodeRequest(spiffe_id=node_id("web-1")))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -345,12 +343,11 @@ async def test_watchers_see_revocations_and_entries_as_they_commit(broker: Runni
     seen = await asyncio.wait_for(watch.read(), 5)
     assert [item.id for item in seen.changed] == [entry.id]
 
-    revocations = node.credentials.WatchRevocations(credential_pb2.WatchRevocationsRequest())
-    assert (await revocations.read()).synced
+    revocations = await node.follow()
     issued = (await node.issue(entry.id)).svid
     await broker.revoke(id=issued.serial, reason=1)
     told = await asyncio.wait_for(revocations.read(), 5)
-    assert [item.id for item in told.revocations] == [issued.serial]
+    assert [item.id for item in told.revoked] == [issued.serial]
     watch.cancel()
     revocations.cancel()
 

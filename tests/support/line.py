@@ -122,6 +122,17 @@ class AttestedClient:
     def credentials(self) -> Any:
         return credential_pb2_grpc.CredentialStub(self.channel)
 
+    async def follow(self) -> Any:
+        """A call that is told of revocations, and has been told the state they begin with."""
+        from identity_api.broker.v1 import revocation_feed_pb2 as feed
+        from identity_api.broker.v1 import revocation_feed_pb2_grpc
+
+        call = revocation_feed_pb2_grpc.RevocationFeedStub(self.channel).Follow()
+        await call.write(feed.FollowRequest(hello=feed.FollowRequest.Hello()))
+        while not (await call.read()).complete:
+            pass
+        return call
+
     async def issue(self, entry_id: str, csr: bytes | None = None) -> Any:
         """Ask for one X.509-SVID; return its result."""
         item = svid_pb2.BatchIssueX509Request.Item(

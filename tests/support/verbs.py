@@ -67,20 +67,20 @@ class Parts:
         self.issue = Issue(
             self.signing, self.record, clock, is_key_blocked=self.directory.is_key_blocked
         )
-        self.revoke = Revoke(
-            store,
-            self.directory,
-            clock,
-            self.issue.settled,
-            revoke_authority=lambda name, actor: self.rotate.revoke(name, actor),
-        )
-        self.entries = Entries(store, self.directory, DOMAIN, clock)
         self.rotate = RotateAuthorities(
             signing=self.signing,
             store=store,
             policy=AuthorityPolicy(KeyAlgorithm.EC_P256, LIFE, KeyAlgorithm.EC_P256, LIFE, HINT),
             clock=clock,
         )
+        self.revoke = Revoke(
+            store,
+            self.directory,
+            clock,
+            self.issue.settled,
+            revoke_authority=self.rotate.revoke,
+        )
+        self.entries = Entries(store, self.directory, DOMAIN, clock)
 
     def states(self, kind: AuthorityKind) -> list[str]:
         now = self.signing.authorities
