@@ -136,7 +136,11 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class RevocationResult:
-    """What one step of a revocation did."""
+    """What one step of a revocation did.
+
+    `already_revoked`: all that it found revoked before, unexpired and by another order; counted by
+    the last step alone, so that steps can be summed up.
+    """
 
     revoked: tuple[Revocation, ...]
     already_revoked: int

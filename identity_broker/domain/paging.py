@@ -52,3 +52,4 @@ class CredentialFilter:
     entry_id: str = ""
     states: frozenset[CredentialState] = field(default_factory=frozenset)
     kind: CredentialKind | None = None
+    order_id: str = ""  # those that are revoked by that order

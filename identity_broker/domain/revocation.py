@@ -158,6 +158,8 @@ class LedgerCount:
 
     Attributes:
         live_x509, live_jwt: those that may still be valid.
+        expired: of the 100,000 that expired last, where no index finds the subject's: a key, an
+            authority, an expression without identity, node, entry, owner or label.
         identities: whose they are, most first, at most 20 of `identity_count`.
         node_ids: through which nodes, at most 100 of `node_count`.
     """

@@ -5,24 +5,46 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import event
 
-from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditKind
 from identity_broker.domain.paging import CredentialFilter
 from identity_broker.store import Repositories, Store
-from support.store import API, NOW, PARENT, SettableClock, intent, issued, sqlite_url
+from support.store import (
+    API,
+    NOW,
+    PARENT,
+    SettableClock,
+    intent,
+    issued,
+    revoking,
+    selecting,
+    sqlite_url,
+)
 
 LATER = NOW + timedelta(days=1)
 
 
-def revoke(repos: Repositories, **named: Any) -> object:
-    return repos.credentials.revoke(
-        **named, reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
-    )
+SELECTIONS = {
+    "serial": "serial=ab",
+    "jti": "jti=x",
+    "identity": f"spiffe-id={API}",
+    "identity and time": f"spiffe-id={API} issued-after=2h kind=x509",
+    "node": f"node={PARENT}",
+    "entry": "entry=api",
+    "owner": "owner=team",
+    "label": "label.env=prod",
+    "key": f"key={'ab' * 32}",
+    "authority": f"authority={'ab' * 20}",
+    "prefix": "spiffe-id=/shop/*",
+    "kind": "kind=jwt",
+}
+
+
+def counting(expression: str) -> Callable[[Repositories], object]:
+    return lambda repos: repos.credentials.count(selecting(expression), NOW)
 
 
 QUERIES: dict[str, Callable[[Repositories], object]] = {
@@ -31,9 +53,10 @@ QUERIES: dict[str, Callable[[Repositories], object]] = {
     "page by node": lambda r: r.credentials.page(CredentialFilter(node_id=PARENT), "9", 5),
     "page by entry": lambda r: r.credentials.page(CredentialFilter(entry_id="api"), "9", 5),
     "next page": lambda r: r.credentials.page(CredentialFilter(), "9", 5),
-    "revoke by id": lambda r: revoke(r, ids=["x", "y"]),
-    "revoke by identity": lambda r: revoke(r, spiffe_id=API),
-    "revoke by node": lambda r: revoke(r, node_id=PARENT),
+    "page by order": lambda r: r.credentials.page(CredentialFilter(order_id="o"), "9", 5),
+    **{f"revoke by {name}": revoking(text, limit=9) for name, text in SELECTIONS.items()},
+    **{f"count by {name}": counting(text) for name, text in SELECTIONS.items()},
+    "release": lambda r: r.credentials.release("o", NOW),
     "revoked": lambda r: r.credentials.revoked_unexpired(NOW),
     "valid": lambda r: r.credentials.valid_for(API, NOW),
     "sweep": lambda r: r.credentials.sweep_unconfirmed(LATER),
@@ -78,7 +101,8 @@ async def test_no_query_reads_the_whole_ledger(sqlite_store: Store, name: str) -
     found = await plans(sqlite_store, lambda: sqlite_store.write(QUERIES[name]))
     assert found, "nothing was explained"
     scans = [plan for plan in found if plan.startswith("SCAN credentials")]
-    assert not scans
+    # What has no outcome yet is a handful, and all of its index.
+    assert {*scans} <= {"SCAN credentials USING INDEX ix_credentials_unanswered"}
     assert any("SEARCH credentials USING" in plan for plan in found)
 
 

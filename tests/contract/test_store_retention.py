@@ -6,14 +6,14 @@ from datetime import timedelta
 
 import pytest
 
-from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import JoinToken
 from identity_broker.domain.paging import CredentialFilter
+from identity_broker.domain.selection import Selection
 from identity_broker.errors import NodeNotFound, WatchLagged
 from identity_broker.server.jobs.retention import Removed, Retention
 from identity_broker.store import STEP, Repositories, Store
-from support.store import NOW, PARENT, SettableClock, intent, issued, node
+from support.store import NOW, PARENT, SettableClock, intent, issued, node, revoking
 
 KEPT = timedelta(days=30)
 DUE = NOW + timedelta(hours=1) + KEPT
@@ -42,9 +42,7 @@ async def test_what_is_not_due_stays(
     def fill(repos: Repositories) -> None:
         repos.nodes.upsert(node())
         repos.join_tokens.create(token(1))
-        repos.credentials.revoke(
-            ids=[one.id], reason=RevocationReason.UNSPECIFIED, comment="", now=NOW
-        )
+        revoking(Selection(serial=one.id))(repos)
 
     await store.write(fill)
     assert await retention.run() == Removed(0, 0, 0, 0)

@@ -17,19 +17,34 @@ from typing import Any, TypeVar
 
 import pytest
 
-from identity_broker.domain.credential import CredentialIntent, CredentialKind, CredentialOutcome
+from identity_broker.domain.credential import (
+    CredentialIntent,
+    CredentialKind,
+    CredentialOutcome,
+    RevocationReason,
+    RevocationResult,
+)
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.node import Node
 from identity_broker.domain.paging import Page
+from identity_broker.domain.revocation import (
+    Hold,
+    OrderState,
+    RevocationOrder,
+    RevocationSubject,
+    SubjectKind,
+)
+from identity_broker.domain.selection import Selection, parse_selection, subject
 from identity_broker.domain.selector import Selector
 from identity_broker.store import Repositories, Store
-from identity_ca.spiffe_id import SpiffeId
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from support.postgres import PostgresServer
 
 T = TypeVar("T")
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 PARENT = SpiffeId.parse("spiffe://example.org/idb/node/join_token/web-1")
+TRUST_DOMAIN = TrustDomain("example.org")
 API = SpiffeId.parse("spiffe://example.org/payments/api")
 
 
@@ -91,6 +106,70 @@ def intent(credential_id: str = "", **fields: Any) -> CredentialIntent:
 def issued(intended: CredentialIntent, supersedes: str = "") -> CredentialOutcome:
     """The outcome of that intent."""
     return CredentialOutcome(intended.id, "e" * 64, NOW, supersedes)
+
+
+def of(kind: SubjectKind, value: object) -> RevocationSubject:
+    """A subject in its canonical spelling."""
+    return subject(kind, str(value), trust_domain=TRUST_DOMAIN, now=NOW)
+
+
+def selecting(expression: str) -> Selection:
+    """A selection, from its expression."""
+    return parse_selection(expression, TRUST_DOMAIN, NOW)
+
+
+def revoking(
+    selection: Selection | str,
+    reason: RevocationReason = RevocationReason.KEY_COMPROMISE,
+    *,
+    order: str = "order",
+    comment: str = "stolen",
+    at: datetime = NOW,
+    limit: int | None = None,
+) -> Callable[[Repositories], RevocationResult]:
+    """A write that revokes what is selected, in one step."""
+    selection = selecting(selection) if isinstance(selection, str) else selection
+    return lambda repos: repos.credentials.revoke(
+        selection, order_id=order, reason=reason, comment=comment, now=at, limit=limit
+    )
+
+
+def order(order_id: str = "rev-1", **fields: Any) -> RevocationOrder:
+    """An order that has just been given."""
+    values: dict[str, Any] = {
+        "id": order_id,
+        "subject": of(SubjectKind.SPIFFE_ID, API),
+        "reason": RevocationReason.KEY_COMPROMISE,
+        "comment": "stolen",
+        "actor": "uid:0",
+        "ordered_at": NOW,
+    }
+    return RevocationOrder(**{**values, **fields})
+
+
+def closed(order_id: str = "rev-1", **fields: Any) -> RevocationOrder:
+    """An order of which nothing more becomes."""
+    done = {
+        "state": OrderState.CLOSED,
+        "committed_at": NOW,
+        "swept": True,
+        "sequence": 7,
+        "statement": "{}",
+    }
+    return order(order_id, **{**done, **fields})
+
+
+def hold(name: str = "freeze", on: RevocationSubject | None = None, **fields: Any) -> Hold:
+    """A hold that has just been placed."""
+    values: dict[str, Any] = {
+        "name": name,
+        "subject": on or of(SubjectKind.SPIFFE_ID, API),
+        "order_id": "rev-1",
+        "reason": RevocationReason.KEY_COMPROMISE,
+        "actor": "uid:0",
+        "created_at": NOW,
+    }
+    return Hold(**{**values, **fields})
 
 
 def put_node(name: str) -> Callable[[Repositories], None]:

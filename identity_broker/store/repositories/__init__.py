@@ -16,10 +16,16 @@ from sqlalchemy.exc import DataError, IntegrityError
 from identity_broker.store.errors import translate
 from identity_broker.store.repositories.audit import AuditRepository
 from identity_broker.store.repositories.authorities import AuthorityRepository
+from identity_broker.store.repositories.blocked_keys import BlockedKeyRepository
 from identity_broker.store.repositories.credentials import CredentialRepository
+from identity_broker.store.repositories.crl_numbers import CrlNumberRepository
 from identity_broker.store.repositories.entries import EntryRepository
+from identity_broker.store.repositories.epochs import EpochRepository
+from identity_broker.store.repositories.holds import HoldRepository
 from identity_broker.store.repositories.join_tokens import JoinTokenRepository
+from identity_broker.store.repositories.lasting_holds import LastingHolds
 from identity_broker.store.repositories.nodes import NodeRepository
+from identity_broker.store.repositories.orders import OrderRepository
 from identity_broker.store.repositories.outbox import OutboxRepository
 from identity_broker.store.repositories.retention import RetentionRepository
 
@@ -30,8 +36,14 @@ class Repositories:
     def __init__(self, connection: Connection, now: datetime) -> None:
         self._connection = connection
         self.outbox = OutboxRepository(connection)
-        self.entries = EntryRepository(connection, self.outbox, now)
-        self.nodes = NodeRepository(connection, self.outbox)
+        lasting = LastingHolds(connection, now)
+        self.entries = EntryRepository(connection, self.outbox, lasting, now)
+        self.nodes = NodeRepository(connection, self.outbox, lasting)
+        self.holds = HoldRepository(connection, self.outbox, self.entries, self.nodes, lasting)
+        self.orders = OrderRepository(connection)
+        self.blocked_keys = BlockedKeyRepository(connection, self.outbox)
+        self.epochs = EpochRepository(connection, self.outbox)
+        self.crl_numbers = CrlNumberRepository(connection)
         self.join_tokens = JoinTokenRepository(connection)
         self.authorities = AuthorityRepository(connection, self.outbox)
         self.audit = AuditRepository(connection)
@@ -57,10 +69,15 @@ class Repositories:
 __all__ = [
     "AuditRepository",
     "AuthorityRepository",
+    "BlockedKeyRepository",
     "CredentialRepository",
+    "CrlNumberRepository",
     "EntryRepository",
+    "EpochRepository",
+    "HoldRepository",
     "JoinTokenRepository",
     "NodeRepository",
+    "OrderRepository",
     "OutboxRepository",
     "Repositories",
     "RetentionRepository",

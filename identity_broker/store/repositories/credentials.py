@@ -4,7 +4,9 @@
   wins and the ledger says which: what is revoked stays revoked.
 - Whether a credential may be valid is for its validity to say, not for the state expired: a clock
   that ran ahead expires what is valid again when the clock is put right.
-- Revoking is set-based: one statement however many credentials are meant.
+- Revoking is set-based: one statement a step, however many credentials are meant. Where no index
+  knows them, what is live is looked through: three partial indexes hold that.
+- What was revoked for certificateHold may be released by its order, or revoked for another reason.
 - Nothing is ever removed here; `retention` does that.
 """
 
@@ -14,7 +16,18 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, false, func, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    case,
+    func,
+    or_,
+    select,
+    text,
+    union_all,
+    update,
+)
 
 from identity_broker.domain.credential import (
     Credential,
@@ -25,18 +38,27 @@ from identity_broker.domain.credential import (
 )
 from identity_broker.domain.events import AuditKind, Topic
 from identity_broker.domain.paging import CredentialFilter, Page
-from identity_broker.errors import CredentialNotFound
+from identity_broker.domain.revocation import LedgerCount
+from identity_broker.domain.selection import Selection
+from identity_broker.errors import CredentialNotFound, InvariantViolated
 from identity_broker.store.mapping import (
     REVOCATION_COLUMNS,
     credential_from_row,
     revocation_from_row,
     to_micros,
 )
-from identity_broker.store.repositories import page_keys
+from identity_broker.store.repositories import ledger_count, page_keys, selected
 from identity_broker.store.repositories.audit import AuditRepository
 from identity_broker.store.repositories.outbox import OutboxRepository
 from identity_broker.store.steps import STEP
-from identity_broker.store.tables import DEAD, EXPIRABLE, UNANSWERED, UNREVOKED, credentials
+from identity_broker.store.tables import (
+    DEAD,
+    EXPIRABLE,
+    ORDERED,
+    UNANSWERED,
+    UNREVOKED,
+    credentials,
+)
 from identity_ca.spiffe_id import SpiffeId
 
 _CHUNK = 500
@@ -57,17 +79,22 @@ class CredentialRepository:
         self._audit = audit
         self._now = now
 
+    def find(self, credential_id: str) -> Credential | None:
+        """The credential with that serial or jti, if the ledger has it."""
+        query = select(credentials).where(credentials.c.id == credential_id)
+        row = self._connection.execute(query).one_or_none()
+        return None if row is None else credential_from_row(row)
+
     def get(self, credential_id: str) -> Credential:
         """The credential with that serial or jti.
 
         Raises:
             CredentialNotFound: the ledger has none.
         """
-        query = select(credentials).where(credentials.c.id == credential_id)
-        row = self._connection.execute(query).one_or_none()
-        if row is None:
+        found = self.find(credential_id)
+        if found is None:
             raise CredentialNotFound(f'the ledger has no credential "{credential_id[:64]}"')
-        return credential_from_row(row)
+        return found
 
     def page(self, wanted: CredentialFilter, before: str, size: int) -> Page[Credential]:
         """A page, newest first, beginning behind the key `before` (empty: at the newest).
@@ -88,59 +115,103 @@ class CredentialRepository:
             query = query.where(credentials.c.state.in_([s.value for s in wanted.states]))
         if wanted.kind is not None:
             query = query.where(credentials.c.kind == wanted.kind.value)
+        if wanted.order_id:
+            query = query.where(text(ORDERED), credentials.c.order_id == wanted.order_id)
         rows = list(self._connection.execute(query))
         items = [credential_from_row(row) for row in rows[:size]]
         return Page(items, str(rows[size - 1].seq) if len(rows) > size else "")
 
     def revoke(
         self,
+        selection: Selection,
         *,
-        ids: Collection[str] = (),
-        spiffe_id: SpiffeId | None = None,
-        node_id: SpiffeId | None = None,
+        order_id: str,
         reason: RevocationReason,
         comment: str,
         now: datetime,
+        limit: int | None = None,
     ) -> RevocationResult:
-        """Revoke what may still be valid among the credentials named; may be repeated.
+        """Revoke what may still be valid of a selection; may be repeated.
+
+        What is on certificateHold is revoked for good, if that is what `reason` is; it is revoked
+        since it was put on hold (X.509, section 8.5.2.2).
 
         Args:
-            ids: serials and jtis, each singled out; unknown ones are passed over.
-            spiffe_id: all credentials of that identity.
-            node_id: all credentials issued to that node and through it.
+            order_id: by which order.
             reason: RFC 5280, section 5.3.1.
             comment: the operator's words.
             now: the time of revocation; what is past its validity by then is passed over.
+            limit: of one step; it is the last when it revokes fewer. None for all in one.
         """
-        moment = to_micros(now)
-        revoked: list[Revocation] = []
-        already = 0
-        wholes = [(named, False) for named in _wholes(spiffe_id, node_id)]
-        singles = [(named, True) for named in _singles(ids)]
-        for named, singled_out in wholes + singles:
-            unexpired = [named, credentials.c.not_after > moment]
-            already += int(
-                self._connection.execute(
-                    select(func.count())
-                    .select_from(credentials)
-                    .where(*unexpired, credentials.c.state == CredentialState.REVOKED.value)
-                ).scalar_one()
+        if not order_id:
+            raise InvariantViolated(detail="a credential is revoked by an order")
+        c = credentials.c
+        moment, dialect = to_micros(now), self._connection.dialect
+        parts = selected.revocable(selection, dialect, moment, reason)
+        if len(parts) == 1:
+            due = select(c.seq).where(*parts[0]).order_by(c.seq.desc()).limit(limit).correlate(None)
+        else:
+            found = union_all(*(select(c.seq).where(*part) for part in parts)).subquery()
+            due = select(found.c.seq).limit(limit)
+        rows = self._connection.execute(
+            update(credentials)
+            .where(c.seq.in_(due), or_(text(UNREVOKED), selected.on_hold(reason)))
+            .values(
+                state=CredentialState.REVOKED.value,
+                revoked_at=func.coalesce(c.revoked_at, moment),
+                reason=int(reason),
+                comment=comment,
+                singled_out=True if selection.singles_out else c.singled_out,
+                order_id=order_id,
             )
-            rows = self._connection.execute(
-                update(credentials)
-                .where(*unexpired, text(UNREVOKED))
-                .values(
-                    state=CredentialState.REVOKED.value,
-                    revoked_at=moment,
-                    reason=int(reason),
-                    comment=comment,
-                    singled_out=singled_out,
-                )
-                .returning(*REVOCATION_COLUMNS)
-            )
-            revoked.extend(revocation_from_row(row) for row in rows)
+            .returning(*REVOCATION_COLUMNS)
+        )
+        revoked = tuple(revocation_from_row(row) for row in rows)
         self._outbox.append_all(Topic.REVOCATION, [revocation.id for revocation in revoked])
-        return RevocationResult(tuple(revoked), already)
+        if limit is not None and len(revoked) == limit:
+            return RevocationResult(revoked, 0)
+        others = [*selected.revoked(selection, dialect, moment), c.order_id != order_id]
+        already = select(func.count()).select_from(credentials).where(*others)
+        return RevocationResult(revoked, int(self._connection.execute(already).scalar_one()))
+
+    def release(self, order_id: str, now: datetime, limit: int = STEP) -> list[str]:
+        """Make valid again what that order revoked for certificateHold and has not expired.
+
+        Returns:
+            Serials and jtis; call again while there are `limit`.
+        """
+        c = credentials.c
+        held: list[Any] = [
+            text(ORDERED),
+            c.order_id == order_id,
+            c.state == CredentialState.REVOKED.value,
+            c.reason == int(RevocationReason.CERTIFICATE_HOLD),
+        ]
+        due = select(c.seq).where(*held, c.not_after > to_micros(now)).order_by(c.seq).limit(limit)
+        rows = self._connection.execute(
+            update(credentials)
+            .where(c.seq.in_(due), *held)
+            .values(
+                # As `ledger_statements` has it: it is issued once its digest is known.
+                state=case(
+                    (c.digest == "", CredentialState.UNCONFIRMED.value),
+                    else_=CredentialState.ISSUED.value,
+                ),
+                revoked_at=None,
+                reason=None,
+                comment="",
+                singled_out=False,
+                order_id="",
+            )
+            .returning(c.id)
+        )
+        released = sorted(rows.scalars())
+        self._outbox.append_all(Topic.REVOCATION, released)
+        return released
+
+    def count(self, selection: Selection, now: datetime) -> LedgerCount:
+        """What the ledger knows of a selection at `now`."""
+        return ledger_count.count(self._connection, selection, to_micros(now))
 
     def revocations(self, ids: Collection[str]) -> list[Revocation]:
         """The revocations among those serials and jtis, expired or not."""
@@ -228,16 +299,6 @@ class CredentialRepository:
             .values(state=state.value)
         )
         return numbers
-
-
-def _wholes(spiffe_id: SpiffeId | None, node_id: SpiffeId | None) -> list[ColumnElement[bool]]:
-    """The condition, if any, that selects all of an identity or of a node."""
-    wholes: list[ColumnElement[bool]] = []
-    if spiffe_id is not None:
-        wholes.append(credentials.c.spiffe_id == str(spiffe_id))
-    if node_id is not None:
-        wholes.append(credentials.c.node_id == str(node_id))
-    return [or_(false(), *wholes)] if wholes else []
 
 
 def _singles(ids: Collection[str]) -> list[ColumnElement[bool]]:

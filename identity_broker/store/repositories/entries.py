@@ -1,6 +1,7 @@
 """Registration entries.
 
 - Every change appends its outbox row; the caller cannot forget it.
+- `held_by` is never the caller's to say: it is the oldest lasting hold that covers the entry.
 - A refused change leaves the transaction usable: a batch goes on with its next item.
 - What may not be stored twice is looked for first, so that the refusal can name it; the
   constraints of `tables` hold whatever happens in between.
@@ -8,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -18,17 +19,21 @@ from sqlalchemy import (
     Select,
     and_,
     bindparam,
+    case,
     delete,
     exists,
+    func,
     insert,
     or_,
     select,
+    text,
     update,
 )
 
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Topic
 from identity_broker.domain.paging import EntryFilter, Page
+from identity_broker.domain.selection import Selection
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import (
     EntryExists,
@@ -38,13 +43,15 @@ from identity_broker.errors import (
     StaleWrite,
 )
 from identity_broker.store import mapping
-from identity_broker.store.repositories import page_keys
+from identity_broker.store.repositories import page_keys, selected
+from identity_broker.store.repositories.lasting_holds import LastingHolds
 from identity_broker.store.repositories.outbox import OutboxRepository
-from identity_broker.store.tables import entries, entry_selectors, spiffe_ids
+from identity_broker.store.tables import HELD, entries, entry_selectors, spiffe_ids
 from identity_ca.spiffe_id import SpiffeId
 
 _CHUNK = 500
 _STREAM = 2_000
+_MANY = 10_000  # fewer than either database takes parameters
 _NO_SELECTOR = ("", "", "")
 
 # Built once: making a statement anew costs SQLAlchemy more than running it.
@@ -65,13 +72,20 @@ _INSERT_SPELLING = insert(spiffe_ids)
 class EntryRepository:
     """Stores registration entries."""
 
-    def __init__(self, connection: Connection, outbox: OutboxRepository, now: datetime) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        outbox: OutboxRepository,
+        lasting: LastingHolds,
+        now: datetime,
+    ) -> None:
         self._connection = connection
         self._outbox = outbox
+        self._lasting = lasting
         self._now = now
 
     def create(self, entry: RegistrationEntry) -> RegistrationEntry:
-        """Store a new entry; return it with revision 1 and its times.
+        """Store a new entry; return it with revision 1, its times and what holds it.
 
         Raises:
             EntryExists: the id, or SPIFFE ID, parent and selectors together, are stored already;
@@ -84,6 +98,7 @@ class EntryRepository:
             revision=1,
             created_at=entry.created_at or self._now,
             updated_at=entry.created_at or self._now,
+            held_by=self._lasting.of_entry(entry),
         )
         self._refuse_duplicate(entry, new=True)
         self._claim_spelling(entry.spiffe_id)
@@ -98,7 +113,7 @@ class EntryRepository:
         """Store another version of the entry with that id; return it with its new revision.
 
         Args:
-            entry: its revision and times are ignored.
+            entry: its revision and times are ignored, and what holds it.
             expected_revision: the revision the change was made on; None for whatever is there.
 
         Raises:
@@ -118,6 +133,7 @@ class EntryRepository:
             revision=stored.revision + 1,
             created_at=created_at,
             updated_at=max(self._now, stored.updated_at or created_at),
+            held_by=self._lasting.of_entry(entry),
         )
         self._refuse_duplicate(entry, new=False)
         if entry.spiffe_id != stored.spiffe_id:
@@ -210,6 +226,61 @@ class EntryRepository:
                 entry_id, kind, value = next(selectors, _NO_SELECTOR)
             yield mapping.entry_from_row(row, own)
 
+    # --- on hold ------------------------------------------------------------------------------
+
+    def covered_ids(self, selection: Selection, limit: int | None = None) -> tuple[str, ...]:
+        """The ids of entries that the selection covers, sorted; the first `limit`."""
+        conditions = selected.of_entries(selection, self._connection.dialect)
+        if conditions is None:
+            return ()
+        query = select(entries.c.id).where(*conditions).order_by(entries.c.id).limit(limit)
+        return tuple(self._connection.execute(query).scalars())
+
+    def count_covered(self, selection: Selection) -> int:
+        """How many entries the selection covers."""
+        conditions = selected.of_entries(selection, self._connection.dialect)
+        if conditions is None:
+            return 0
+        query = select(func.count()).select_from(entries).where(*conditions)
+        return int(self._connection.execute(query).scalar_one())
+
+    def hold(self, selection: Selection, name: str) -> None:
+        """Name the hold in all that it covers and no older one holds: `HoldRepository.place`."""
+        conditions = selected.of_entries(selection, self._connection.dialect)
+        if conditions is not None:
+            self._change_holds([*conditions, entries.c.held_by == ""], name)
+
+    def release(self, name: str) -> tuple[str, ...]:
+        """Hand what the lifted hold held to the next one that covers it: `HoldRepository.lift`.
+
+        Returns:
+            The ids of those that no hold covers any more, sorted.
+        """
+        held = self._load(select(entries).where(text(HELD), entries.c.held_by == name))
+        heirs: dict[str, list[str]] = {}
+        for entry in held:
+            heirs.setdefault(self._lasting.of_entry(entry), []).append(entry.id)
+        for heir, ids in heirs.items():
+            for start in range(0, len(ids), _CHUNK):
+                self._change_holds([entries.c.id.in_(ids[start : start + _CHUNK])], heir)
+        return tuple(sorted(heirs.get("", ())))
+
+    def _change_holds(self, conditions: Sequence[Any], name: str) -> None:
+        moment = mapping.to_micros(self._now)
+        changed = self._connection.execute(
+            update(entries)
+            .where(*conditions)
+            .values(
+                held_by=name,
+                revision=entries.c.revision + 1,
+                updated_at=case(
+                    (entries.c.updated_at > moment, entries.c.updated_at), else_=moment
+                ),
+            )
+            .returning(entries.c.id)
+        )
+        self._outbox.append_all(Topic.ENTRY, sorted(changed.scalars()))
+
     # --- reading ------------------------------------------------------------------------------
 
     def _stream(self, query: Select[Any]) -> Iterator[Any]:
@@ -221,11 +292,15 @@ class EntryRepository:
         if not rows:
             return []
         selectors: dict[str, list[Selector]] = {row.id: [] for row in rows}
-        found = self._connection.execute(
-            select(entry_selectors).where(entry_selectors.c.entry_id.in_(list(selectors)))
-        )
-        for row in found:
-            selectors[row.entry_id].append(mapping.selector_from(row.type, row.value))
+        ids = list(selectors)
+        for start in range(0, len(ids), _MANY):
+            found = self._connection.execute(
+                select(entry_selectors).where(
+                    entry_selectors.c.entry_id.in_(ids[start : start + _MANY])
+                )
+            )
+            for row in found:
+                selectors[row.entry_id].append(mapping.selector_from(row.type, row.value))
         return [mapping.entry_from_row(row, selectors[row.id]) for row in rows]
 
     # --- what may not be stored twice ---------------------------------------------------------

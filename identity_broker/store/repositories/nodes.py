@@ -1,4 +1,4 @@
-"""Attested nodes. Every change appends its outbox row."""
+"""Attested nodes. Every change appends its outbox row; what is on hold is stored banned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from identity_broker.domain.paging import NodeFilter, Page
 from identity_broker.errors import NodeNotFound
 from identity_broker.store.mapping import node_from_row, node_values, to_micros
 from identity_broker.store.repositories import page_keys
+from identity_broker.store.repositories.lasting_holds import LastingHolds
 from identity_broker.store.repositories.outbox import OutboxRepository
 from identity_broker.store.steps import STEP
 from identity_broker.store.tables import nodes
@@ -24,13 +25,16 @@ _INSERT = insert(nodes)
 class NodeRepository:
     """Stores nodes."""
 
-    def __init__(self, connection: Connection, outbox: OutboxRepository) -> None:
+    def __init__(
+        self, connection: Connection, outbox: OutboxRepository, lasting: LastingHolds
+    ) -> None:
         self._connection = connection
         self._outbox = outbox
+        self._lasting = lasting
 
     def upsert(self, node: Node) -> None:
-        """Store the node as given, whether or not it was known."""
-        values = node_values(node)
+        """Store the node, whether or not it was known; banned when a hold covers it."""
+        values = node_values(self._lasting.applied_to(node))
         changed = self._connection.execute(_UPDATE, {**values, "node_id": values["spiffe_id"]})
         if not changed.rowcount:
             self._connection.execute(_INSERT, values)
