@@ -98,14 +98,15 @@ def revocation_from_wire(message: pb.RevocationRecord) -> values.Revocation:
 
 def propagation_from_wire(message: pb.Propagation) -> values.Propagation:
     """Who has heard of a revocation."""
+    measured = message.acknowledged > 0 and message.p50_ms >= 0
     return values.Propagation(
         verifiers=tuple(map(verifier_from_wire, message.verifiers)),
         told=message.told,
         acknowledged=message.acknowledged,
         silent=message.silent,
         gone=message.gone,
-        p50_ms=message.p50_ms if message.acknowledged else None,
-        p99_ms=message.p99_ms if message.acknowledged else None,
+        p50_ms=message.p50_ms if measured else None,
+        p99_ms=message.p99_ms if measured else None,
         within_objective_permille=message.within_objective_permille,
     )
 

@@ -188,7 +188,7 @@ class Propagation:
     Attributes:
         verifiers: the silent ones first; at most 1,000.
         told: how many were to be told, or are connected now.
-        p50_ms, p99_ms: from the commit to the acknowledgement; None while nobody has.
+        p50_ms, p99_ms: from the commit to the acknowledgement; None where the broker saw none.
         within_objective_permille: verifiers that had it within a second, of a thousand told.
     """
 

@@ -17,6 +17,7 @@ from identity_broker.domain.revocation import (
 from identity_broker.domain.selection import subject
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.plan import RevocationPlan
+from identity_broker.lifecycle.propagation import PropagationReport, VerifierState
 from identity_broker.lifecycle.revoke import OrderRequest
 from identity_broker.server.rpc.convert.credentials import from_reason, to_reason
 from identity_broker.server.rpc.convert.scalars import (
@@ -31,6 +32,7 @@ from identity_ca.spiffe_id import SpiffeId, TrustDomain
 LONGEST_WAIT_MS = 30_000
 MOST_REVOKED_IDS = 1000
 MOST_HELD = 100
+MOST_VERIFIERS = 1000
 
 _KINDS = {
     SubjectKind.SPIFFE_ID: pb.SUBJECT_KIND_SPIFFE_ID,
@@ -47,6 +49,11 @@ _STATES = {
     OrderState.RUNNING: pb.REVOCATION_STATE_RUNNING,
     OrderState.COMMITTED: pb.REVOCATION_STATE_COMMITTED,
     OrderState.CLOSED: pb.REVOCATION_STATE_CLOSED,
+}
+_VERIFIER_STATES = {
+    VerifierState.ACKNOWLEDGED: pb.VERIFIER_STATE_ACKNOWLEDGED,
+    VerifierState.SILENT: pb.VERIFIER_STATE_SILENT,
+    VerifierState.GONE: pb.VERIFIER_STATE_GONE,
 }
 
 
@@ -150,6 +157,30 @@ def to_record(order: RevocationOrder, held_entry_ids: Sequence[str] = ()) -> pb.
         held_entry_ids=held_entry_ids,
         sequence=order.sequence,
         released=order.released,
+    )
+
+
+def to_propagation(report: PropagationReport) -> pb.Propagation:
+    """Who has heard of a revocation."""
+    return pb.Propagation(
+        verifiers=[
+            pb.VerifierRecord(
+                name=one.verifier.label,
+                kind=one.verifier.kind.value,
+                state=_VERIFIER_STATES[one.state],
+                acknowledged_at_ms=to_epoch_ms(one.acknowledged_at),
+                latency_ms=one.latency_ms,
+                node_id=one.verifier.node_id,
+            )
+            for one in report.verifiers[:MOST_VERIFIERS]
+        ],
+        told=report.told,
+        acknowledged=report.acknowledged,
+        silent=report.silent,
+        gone=report.gone,
+        p50_ms=report.p50_ms,
+        p99_ms=report.p99_ms,
+        within_objective_permille=report.within_objective_permille,
     )
 
 
