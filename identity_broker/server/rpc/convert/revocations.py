@@ -80,7 +80,9 @@ def to_subject(found: RevocationSubject) -> pb.RevocationSubject:
     return pb.RevocationSubject(kind=_KINDS[found.kind], value=found.value)
 
 
-def from_revoke(request: pb.RevokeRequest, trust_domain: TrustDomain, now: datetime) -> OrderRequest:
+def from_revoke(
+    request: pb.RevokeRequest, trust_domain: TrustDomain, now: datetime
+) -> OrderRequest:
     """Parse an order to revoke.
 
     Raises:
