@@ -110,14 +110,15 @@ class RevocationFeed:
         count = len(self)
         return min(count * SPREAD_OF_EACH, MOST_SPREAD) if count > 1 else timedelta()
 
-    def needed(self, sequence: int) -> int:
+    def needed(self, sequence: int) -> int | None:
         """The position from which on a verifier has all that was to be told by `sequence`.
 
-        Less than `sequence` where the last changes before it concern no verifier.
+        Less than `sequence` where the last changes before it concern no verifier; None where the
+        directory does not reflect it yet.
         """
-        if self._directory.seq < sequence or self._news_at > sequence:
-            return sequence
-        return self._news_at
+        if self._directory.seq < sequence:
+            return None
+        return min(self._news_at, sequence)
 
     # --- one verifier -----------------------------------------------------------------------------
 

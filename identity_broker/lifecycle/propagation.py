@@ -4,6 +4,7 @@
   has not seen both, as after a restart. Whoever is connected now counts as told as well.
 - Bounded: the most recent orders are kept, verifier by verifier. Of older ones the verifiers'
   positions answer: whoever stands behind an order has it.
+- Nobody has what this broker has not read yet: an order is judged once the directory reflects it.
 - Each verifier is counted once for each order: within the objective, late, or never.
 - Touched by the event loop's thread alone; costs a dictionary entry for a verifier and an order.
 """
@@ -20,6 +21,7 @@ from enum import StrEnum
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.revocation import RevocationOrder
+from identity_broker.lifecycle.directory import Directory, Update
 from identity_broker.lifecycle.verifiers import Verifier, Verifiers
 
 OBJECTIVE = timedelta(seconds=1)
@@ -30,6 +32,8 @@ MOST_MARKS = 100_000
 """Verifiers of all kept orders together, the last order's aside."""
 
 UNKNOWN_MS = -1
+# Who commits an order says so at once; one that is older was taken over from another broker.
+_FRESH_SECONDS = 5.0
 
 
 class VerifierState(StrEnum):
@@ -154,7 +158,8 @@ class Propagation:
     """Follows recent revocations on their way to the verifiers.
 
     Args:
-        needed: from which position on a verifier has all of a sequence (`RevocationFeed.needed`).
+        needed: from which position on a verifier has all of a sequence; None where the directory
+            does not reflect it (`RevocationFeed.needed`).
         on_acknowledged: told the seconds from a commit to each acknowledgement.
         on_outcome: told, once for each verifier of an order, how it did.
         monotonic: seconds that only grow.
@@ -163,9 +168,10 @@ class Propagation:
     def __init__(
         self,
         verifiers: Verifiers,
+        directory: Directory,
         clock: Clock,
         *,
-        needed: Callable[[int], int],
+        needed: Callable[[int], int | None],
         on_acknowledged: Callable[[float], object] = lambda _seconds: None,
         on_outcome: Callable[[Outcome], object] = lambda _outcome: None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -180,7 +186,10 @@ class Propagation:
         self._marks = 0
         self._awaited: dict[Verifier, set[str]] = {}
         self._commit = asyncio.Event()
+        self._unread: set[str] = set()
+        self._began_at = clock.now()
         verifiers.watch(self)
+        directory.listen(self._on_update)
 
     @property
     def connected(self) -> int:
@@ -199,9 +208,9 @@ class Propagation:
             self._forget(order.id)
             tracked = None
         if tracked is None:
-            tracked = self._track(order, seen=True)
-            if order.committed_at is not None:
-                since -= max(0.0, (self._clock.now() - order.committed_at).total_seconds())
+            age = self._age_of(order)
+            tracked = self._track(order, seen=age is not None)
+            since -= age or 0.0
             connected = list(self._verifiers)
         elif tracked.sequence >= order.sequence:
             return
@@ -209,12 +218,22 @@ class Propagation:
             # A later part: it is asked of those who were there for the first.
             tracked.sequence = order.sequence
             connected = list(tracked.marks)
+        if self._needed(order.sequence) is None:
+            self._unread.add(order.id)
         for verifier in connected:
             self._expect(order.id, tracked, verifier, since, now)
         tracked.settle()
         self._forget_oldest()
         self._commit.set()
         self._commit = asyncio.Event()
+
+    def _age_of(self, order: RevocationOrder) -> float | None:
+        """Seconds since the commit; None where it happened without this process."""
+        committed_at = order.committed_at
+        if committed_at is None or committed_at < self._began_at:
+            return None
+        age = (self._clock.now() - committed_at).total_seconds()
+        return max(0.0, age) if age < _FRESH_SECONDS else None
 
     def report(self, order: RevocationOrder) -> PropagationReport:
         """Say who has the order by now."""
@@ -272,6 +291,20 @@ class Propagation:
         tracked = self._orders[order.id] = _Tracked(order.sequence, seen=seen)
         return tracked
 
+    def _on_update(self, _update: Update) -> None:
+        """The directory has moved: once all who listen know, look at the orders that waited."""
+        if self._unread:
+            asyncio.get_running_loop().call_soon(self._read)
+
+    def _read(self) -> None:
+        for order_id in tuple(self._unread):
+            tracked = self._orders.get(order_id)
+            if tracked is None or self._needed(tracked.sequence) is not None:
+                self._unread.discard(order_id)
+            if tracked is not None and order_id not in self._unread:
+                for verifier in tuple(tracked.waiting):
+                    self.progressed(verifier)
+
     def _expect(
         self, order_id: str, tracked: _Tracked, verifier: Verifier, since: float, now: float
     ) -> None:
@@ -292,7 +325,8 @@ class Propagation:
             tracked.waiting.add(verifier)
 
     def _has(self, verifier: Verifier, tracked: _Tracked) -> bool:
-        return self._verifiers.has(verifier, self._needed(tracked.sequence))
+        needed = self._needed(tracked.sequence)
+        return needed is not None and self._verifiers.has(verifier, needed)
 
     def _acknowledged(self, tracked: _Tracked, verifier: Verifier, at: float) -> None:
         mark = tracked.marks[verifier]
@@ -367,10 +401,10 @@ class Propagation:
         marks = {} if tracked is None else tracked.marks
         for verifier, mark in marks.items():
             yield self._standing(verifier, mark, seen=tracked is not None and tracked.seen)
-        needed = self._needed(order.sequence)
+        needed = self._needed(order.sequence) if order.sequence else None
         for verifier in self._verifiers:
             if verifier not in marks:
-                has = order.sequence > 0 and self._verifiers.has(verifier, needed)
+                has = needed is not None and self._verifiers.has(verifier, needed)
                 state = VerifierState.ACKNOWLEDGED if has else VerifierState.SILENT
                 yield VerifierStanding(verifier, state)
 
