@@ -118,7 +118,7 @@ def _socket_path(value: Path) -> Path:
 
 
 def _http_url(value: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/@?#]+", value):
+    if not re.fullmatch(r"https?://[^\s/@?#]{1,255}", value, re.ASCII) or not value.isascii():
         raise ValueError('must be a URL such as "https://openbao.example.org:8200"')
     return value
 

@@ -23,6 +23,7 @@ from identity_broker.errors import AuthorityUnavailable, BrokerError
 from identity_broker.lifecycle.directory import Update
 from identity_broker.lifecycle.leaks import Leaks
 from identity_broker.server.http.app import build_app
+from identity_broker.server.http.crl import crl_routes
 from identity_broker.server.http.leaks import leak_routes
 from identity_broker.server.http.listener import HttpListener
 from identity_broker.server.http.ocsp import ocsp_routes
@@ -163,6 +164,7 @@ class Broker:
 
     def _routes(self) -> list[Route]:
         routes = [
+            *crl_routes(self._revocation_lists),
             *ocsp_routes(self._ocsp, clock=self._clock, metrics=self._metrics),
             *revocation_routes(
                 self._directory,
@@ -265,6 +267,7 @@ class Broker:
             "signing_backend": self._signing.check_keys,
             "authority": self._check_authority,
             "change_feed": self._directory.check,
+            "revocation_lists": self._revocation_lists.check,
         }
 
     async def _check_authority(self) -> None:

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
-from identity_broker.config.settings import Settings
+from identity_broker.config.settings import RevocationSettings, Settings
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.selector_syntax import SelectorSyntax
 from identity_broker.lifecycle.attest import Attest
 from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
-from identity_broker.lifecycle.crl import GATHER, RevocationLists
+from identity_broker.lifecycle.crl.lists import GATHER, RevocationLists
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import Issue
 from identity_broker.lifecycle.ocsp import Ocsp
@@ -50,9 +51,11 @@ from identity_broker.server.trust import Trust
 from identity_broker.signing import Signing
 from identity_broker.store import Store
 from identity_broker.telemetry.metrics import Metrics
+from identity_ca.distribution import DistributionPoints
 
 # A list goes to every connected node: many of them are not told of one more often than they can be.
 _LIST_PACE_OF_EACH: Final = timedelta(milliseconds=1)
+_LIST_OCTETS_A_SECOND: Final = 50_000_000
 # Calls make few cycles: collect ten times less often than Python would.
 _GC_THRESHOLDS: Final = (7_000, 20, 50)
 
@@ -98,12 +101,14 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     resources.push_async_callback(store.close)
     await store.migrate()
 
+    points = _distribution_points(settings.revocation)
     backends = build_backends(settings, resources.enter_context(ExitStack()))
     signing = Signing(
         trust_domain=trust_domain,
         keys=backends.keys,
         upstream=backends.upstream,
         refresh_hint=settings.bundle.refresh_hint,
+        points=points,
         observe=lambda kind, seconds: metrics.signing_seconds.labels(kind).observe(seconds),
     )
     resources.push_async_callback(signing.close)
@@ -176,8 +181,12 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     revocation_lists = RevocationLists(
         signing=signing,
         directory=directory,
+        store=store,
         clock=clock,
-        pace=lambda: max(GATHER, len(roster) * _LIST_PACE_OF_EACH),
+        validity=settings.revocation.crl_validity,
+        points=points,
+        metrics=metrics,
+        pace=partial(_list_pace, roster),
     )
     node_sync = NodeSync(
         directory=directory,
@@ -253,6 +262,19 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         ocsp=ocsp,
         services=services,
     )
+
+
+def _distribution_points(revocation: RevocationSettings) -> DistributionPoints | None:
+    """The public addresses of lists and responder, if they have any."""
+    if revocation.public_url is None:
+        return None
+    return DistributionPoints(revocation.public_url, revocation.crl_shards)
+
+
+def _list_pace(roster: Roster, octets: int) -> timedelta:
+    """The least time between two tellings of lists of so many bytes."""
+    network = timedelta(seconds=len(roster) * octets / _LIST_OCTETS_A_SECOND)
+    return max(GATHER, len(roster) * _LIST_PACE_OF_EACH, network)
 
 
 def _settle_memory() -> None:

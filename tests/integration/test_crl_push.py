@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from identity_broker.domain.credential import RevocationReason
 from identity_broker.errors import SigningBackendUnavailable
-from identity_broker.lifecycle import crl as crl_module
-from identity_broker.lifecycle.crl import VALIDITY, RevocationLists
+from identity_broker.lifecycle.crl import lists as lists_module
+from identity_broker.lifecycle.crl.lists import VALIDITY, RevocationLists
 from identity_broker.lifecycle.issue import JwtOrder, one
 from identity_ca.authority import Authority, AuthorityKind, AuthorityState
 from identity_ca.errors import BackendUnavailable, KeyNotFound
@@ -167,7 +167,9 @@ async def test_a_number_never_comes_twice_across_restarts(tmp_path: Path) -> Non
 
 @pytest.fixture
 def lists(parts: Parts) -> RevocationLists:
-    return RevocationLists(signing=parts.signing, directory=parts.directory, clock=parts.clock)
+    return RevocationLists(
+        signing=parts.signing, directory=parts.directory, store=parts.store, clock=parts.clock
+    )
 
 
 def authorities(parts: Parts) -> dict[AuthorityState, Authority]:
@@ -280,7 +282,7 @@ async def test_a_key_manager_that_is_away_leaves_the_list_in_force(
         attempts.append(key_id)
         raise BackendUnavailable("the key manager does not answer")
 
-    monkeypatch.setattr(crl_module, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(lists_module, "_RETRY_SECONDS", 0.05)
     running_lists = asyncio.create_task(lists.run())
     with monkeypatch.context() as patch:
         patch.setattr(parts.keys, "load", away)
