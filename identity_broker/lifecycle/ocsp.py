@@ -32,7 +32,7 @@ from identity_broker.domain.credential import (
     CredentialState,
     RevocationReason,
 )
-from identity_broker.errors import BrokerError, CredentialNotFound, Kind
+from identity_broker.errors import BrokerError, Kind
 from identity_broker.lifecycle.directory import Directory, Update
 from identity_broker.lifecycle.ocsp_responders import Responders
 from identity_broker.signing import Signing
@@ -396,8 +396,8 @@ class _Lookups:
             self._reading = None
 
     async def _read_chunk(self, chunk: dict[str, asyncio.Future[Credential | None]]) -> None:
-        def read(repos: Repositories) -> list[Credential | None]:
-            return [_found(repos, each) for each in chunk]
+        def read(repos: Repositories) -> dict[str, Credential]:
+            return {each.id: each for each in repos.credentials.find_many(chunk.keys())}
 
         try:
             found = await self._store.read(read)
@@ -406,13 +406,6 @@ class _Lookups:
                 if not future.done():
                     future.set_exception(error)
             return
-        for future, credential in zip(chunk.values(), found, strict=True):
+        for credential_id, future in chunk.items():
             if not future.done():
-                future.set_result(credential)
-
-
-def _found(repos: Repositories, credential_id: str) -> Credential | None:
-    try:
-        return repos.credentials.get(credential_id)
-    except CredentialNotFound:
-        return None
+                future.set_result(found.get(credential_id))

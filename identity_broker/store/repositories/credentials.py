@@ -85,6 +85,14 @@ class CredentialRepository:
         row = self._connection.execute(query).one_or_none()
         return None if row is None else credential_from_row(row)
 
+    def find_many(self, ids: Collection[str]) -> list[Credential]:
+        """Those of the serials and jtis that the ledger has."""
+        return [
+            credential_from_row(row)
+            for named in _singles(ids)
+            for row in self._connection.execute(select(credentials).where(named))
+        ]
+
     def get(self, credential_id: str) -> Credential:
         """The credential with that serial or jti.
 
