@@ -1,7 +1,7 @@
 """What a node is told, cut into messages that any client can receive.
 
-- A message holds at most `MOST_ENTRIES` entries or `MOST_REVOCATIONS` revocations, and little more
-  than `MOST_OCTETS` unless one thing alone is larger.
+- A message holds at most `MOST_ENTRIES` entries or `MOST_REVOCATIONS` things that are refused or
+  released, and little more than `MOST_OCTETS` unless one thing alone is larger.
 - Only the last one is complete; only the first one is full.
 """
 
@@ -13,14 +13,15 @@ from datetime import datetime, timedelta
 from google.protobuf.message import Message
 
 from identity_api.broker.v1 import node_sync_pb2 as pb
-from identity_api.broker.v1 import types_pb2
+from identity_api.broker.v1 import revocation_feed_pb2, types_pb2
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.node_stream import News, Resume
 from identity_broker.lifecycle.roster import Applied
 from identity_broker.server.rpc.convert.credentials import to_revocation
 from identity_broker.server.rpc.convert.entries import to_entry
-from identity_broker.server.rpc.convert.scalars import from_spiffe_id
+from identity_broker.server.rpc.convert.revocation_feed import to_epoch_message
+from identity_broker.server.rpc.convert.scalars import from_spiffe_id, from_text
 from identity_broker.server.rpc.convert.trust import to_bundle
 from identity_ca.spiffe_id import SpiffeId
 
@@ -28,7 +29,10 @@ MOST_ENTRIES = 500
 MOST_REVOCATIONS = 1000
 MOST_OCTETS = 1024 * 1024
 MOST_NODES = 100
+MOST_VERIFIERS = 1000
 LONGEST_WAIT_MS = 30_000
+# A SPIFFE ID, a slash and a process number.
+_MOST_NAME_BYTES = 2048 + 16
 _MOST_KEPT = 10_000
 
 
@@ -70,6 +74,17 @@ def to_sync_responses(
         message = entries.of(entry)
         yield from pieces.room(message, entries=1)
         pieces.message.changed.append(message)
+    if news.denied_authorities is not None:
+        denied = revocation_feed_pb2.DeniedAuthorities(ids=news.denied_authorities)
+        yield from pieces.room(denied)
+        pieces.message.denied_authorities.CopyFrom(denied)
+    for at in range(0, len(news.released_ids), MOST_REVOCATIONS):
+        some = news.released_ids[at : at + MOST_REVOCATIONS]
+        yield from pieces.room(pb.SyncResponse(released_ids=some), revocations=len(some))
+        pieces.message.released_ids.extend(some)
+    for epoch in map(to_epoch_message, news.epochs):
+        yield from pieces.room(epoch, revocations=1)
+        pieces.message.epochs.append(epoch)
     for revocation in news.revocations:
         told = to_revocation(revocation, node_id)
         yield from pieces.room(told, revocations=1)
@@ -121,6 +136,23 @@ def from_hello(message: pb.SyncRequest.Hello) -> Resume | None:
     if not message.resume_from:
         return None
     return Resume(message.resume_from, message.entries_digest)
+
+
+def from_verifiers(message: pb.SyncRequest.Verifiers) -> dict[str, int]:
+    """Who follows revocations through the node: name → the revision it has acknowledged.
+
+    Raises:
+        MalformedRequest: too many, or one without a proper name.
+    """
+    if len(message.verifiers) > MOST_VERIFIERS:
+        raise MalformedRequest(f"verifiers must hold at most {MOST_VERIFIERS} items")
+    reported = {}
+    for verifier in message.verifiers:
+        name = from_text(verifier.name, "verifiers.name", _MOST_NAME_BYTES)
+        if not name.startswith("spiffe://"):
+            raise MalformedRequest("verifiers.name begins with a SPIFFE ID")
+        reported[name] = verifier.revision
+    return reported
 
 
 def from_await(request: pb.AwaitNodesRequest) -> tuple[list[SpiffeId], timedelta]:

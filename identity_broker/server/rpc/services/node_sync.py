@@ -16,11 +16,11 @@ from identity_broker.lifecycle.sync import NodeSync
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.convert import node_sync as convert
 from identity_broker.server.rpc.convert import scalars
+from identity_broker.server.rpc.greeting import greeting
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.services.svid import calling_node
 from identity_broker.telemetry.metrics import Metrics
 
-_HELLO_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 1.0
 _MOST_VERSION_BYTES: Final = 64
 
@@ -56,7 +56,7 @@ class NodeSyncService:
         """Send the node what it lacks, then every change that concerns it."""
         if call.stopping.is_set():
             raise BrokerStopping(retry_after=_RETRY_SECONDS)
-        hello = await _hello(requests)
+        hello = (await greeting(requests)).hello
         stream = await self._sync.open(
             calling_node(call),
             convert.from_hello(hello),
@@ -90,32 +90,20 @@ class NodeSyncService:
         return convert.to_applied(applied)
 
     async def _read(self, requests: AsyncIterator[pb.SyncRequest], stream: NodeStream) -> None:
-        """Take acknowledgements until the node says no more, then end its stream."""
+        """Take what the node says until it says no more, then end its stream."""
         refusal: BrokerError | None = None
         try:
             async for request in requests:
-                if request.WhichOneof("step") != "ack":
-                    raise MalformedRequest("every message after the first must be ack")
-                for seconds in stream.acknowledge(request.ack.revision):
-                    self._ack_seconds.observe(seconds)
-                self._roster.progressed(stream)
+                step = request.WhichOneof("step")
+                if step == "ack":
+                    for seconds in stream.acknowledge(request.ack.revision):
+                        self._ack_seconds.observe(seconds)
+                    self._roster.progressed(stream)
+                elif step == "verifiers":
+                    self._roster.report(stream, convert.from_verifiers(request.verifiers))
+                else:
+                    raise MalformedRequest("every message after the first is ack or verifiers")
         except BrokerError as error:
             refusal = error
         finally:
             stream.end(refusal)
-
-
-async def _hello(requests: AsyncIterator[pb.SyncRequest]) -> pb.SyncRequest.Hello:
-    """What the node says first.
-
-    Raises:
-        MalformedRequest: anything else, or nothing for a while.
-    """
-    try:
-        async with asyncio.timeout(_HELLO_SECONDS):
-            first = await anext(requests, None)
-    except TimeoutError as error:
-        raise MalformedRequest("the first message did not come in time") from error
-    if first is None or first.WhichOneof("step") != "hello":
-        raise MalformedRequest("the first message must be hello")
-    return first.hello
