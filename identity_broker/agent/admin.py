@@ -19,8 +19,9 @@ import grpc
 
 from identity_api.agent.v1 import agent_pb2
 from identity_broker.agent.health import Health, HealthReport
-from identity_broker.agent.identities import Attested, key_for
+from identity_broker.agent.identities import Attested
 from identity_broker.agent.identity import Caller
+from identity_broker.agent.instances import key_for
 from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.svids import Svids
 from identity_broker.agent.workload_api.front import Callers, Front

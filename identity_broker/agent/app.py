@@ -27,7 +27,10 @@ from identity_broker.agent.identities import Identities
 from identity_broker.agent.listener import ADMIN_SOCKET, WorkloadListener
 from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.pages import PageListener, pages
+from identity_broker.agent.relay import Relay
 from identity_broker.agent.renewals import Renewals
+from identity_broker.agent.revocation_feed import SERVICE_NAME as REVOCATION_FEED
+from identity_broker.agent.revocation_feed import RevocationFeed
 from identity_broker.agent.sds.absent import AbsentSecretDiscovery
 from identity_broker.agent.svids import Svids
 from identity_broker.agent.tokens import Tokens
@@ -158,10 +161,18 @@ class Agent:
             woken=planned,
             on_change=self._identities.svids_changed,
         )
+        self._relay = Relay(
+            self._mirror,
+            clock,
+            is_fresh=lambda: self._mirror.synced and self._follower.hearing.is_fresh(monotonic()),
+            on_change=lambda: self._node.report_verifiers(self._relay.verifiers),
+        )
         self._follower = Follower(
             source=self._node,
             mirror=self._mirror,
-            listeners=Listeners(self._svids, self._tokens, self._identities, self._renewals),
+            listeners=Listeners(
+                self._relay, self._svids, self._tokens, self._identities, self._renewals
+            ),
             clock=clock,
             metrics=self._metrics,
         )
@@ -187,7 +198,12 @@ class Agent:
         resources.push_async_callback(self._tokens.close)
         resources.push_async_callback(self._end_tasks)
         await self._open_doors(resources)
-        for work in (self._follower.run(), self._follower.keep_time(), self._renewals.run()):
+        for work in (
+            self._follower.run(),
+            self._follower.keep_time(),
+            self._relay.run(),
+            self._renewals.run(),
+        ):
             self._spawn(work)
         _settle_memory()
         return AgentAddresses(
@@ -255,19 +271,22 @@ class Agent:
         limits = CallerLimits(
             Limits(calls_per_second=workloads.calls_per_second, burst=workloads.calls_at_once)
         )
-        other: tuple[str, ...] = ()
-        faces: list[Any] = []
+        callers = self._door.callers.of
+        other: tuple[str, ...] = (REVOCATION_FEED,)
+        faces: list[Any] = [
+            RevocationFeed(
+                self._relay, self._identities, callers, limits=limits, metrics=self._calls
+            )
+        ]
         if sds.available():
             from identity_broker.agent.sds.service import (  # noqa: PLC0415  # an optional extra
                 SERVICE_NAME,
                 SecretDiscovery,
             )
 
-            other = (SERVICE_NAME,)
+            other = (*other, SERVICE_NAME)
             faces.append(
-                SecretDiscovery(
-                    self._identities, self._door.callers.of, limits=limits, metrics=self._calls
-                )
+                SecretDiscovery(self._identities, callers, limits=limits, metrics=self._calls)
             )
         else:
             faces.append(AbsentSecretDiscovery())
@@ -275,7 +294,7 @@ class Agent:
             0,
             WorkloadApi(
                 self._identities,
-                self._door.callers.of,
+                callers,
                 limits=limits,
                 metrics=self._calls,
                 is_serving=lambda: self._judge().health is not Health.DOWN,

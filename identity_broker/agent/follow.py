@@ -1,6 +1,7 @@
 """Follows the broker: what it pushes goes into the mirror, and from there to whom it concerns.
 
-- An update is acknowledged once everything that a caller could ask reflects it.
+- An update is acknowledged once everything that a caller could ask reflects it. Those who follow
+  revocations are told first.
 - What does not fit is not applied: the full state is asked for instead.
 - A broken stream changes nothing but the health; a ban withdraws every identity at once.
 - Entries end by the clock without being told.
@@ -9,14 +10,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from time import monotonic
 from typing import Final, Protocol
 
-from identity_broker.agent.identities import Identities, is_over
-from identity_broker.agent.mirror import Changed, Mirror, Mismatch, OutOfStep
+from identity_broker.agent.denied import DeniedChange
+from identity_broker.agent.identities import Identities
+from identity_broker.agent.instances import is_over
+from identity_broker.agent.mirror import Changed, EntryChange, Mirror, Mismatch, OutOfStep
+from identity_broker.agent.relay import Relay
 from identity_broker.agent.renewals import Renewals, all_entries
 from identity_broker.agent.svids import SvidKey, Svids
 from identity_broker.agent.tokens import Tokens
@@ -27,6 +32,10 @@ from identity_client.errors import IdentityError
 from identity_client.node.values import SyncEvent, SyncLost, SyncPosition, SyncUpdate
 
 _log = get_logger("follow")
+
+FRESH_SECONDS: Final = 20.0
+"""How long after the broker's last word it still counts as heard: its heartbeat, every 15 s, and a
+little more. A broken connection is noticed at once; a silent one, only by this."""
 
 _BANNED: Final = "NODE_BANNED"
 _TICK_SECONDS: Final = 1.0
@@ -52,6 +61,7 @@ class Hearing:
     Attributes:
         connected: whether the stream stands.
         heard_at: the last time anything came; None before the first.
+        heard_tick: the same by a clock that only goes forward.
         lost_tick: since when the stream is broken (or was never there).
         skew: how far the broker's clock was ahead of ours, in seconds.
         mismatch: why its last update was not applied; None when it was.
@@ -59,16 +69,23 @@ class Hearing:
 
     connected: bool = False
     heard_at: datetime | None = None
+    heard_tick: float = -inf
     lost_tick: float = 0.0
     skew: float = 0.0
     last_error: IdentityError | None = None
     mismatch: Mismatch | None = None
+
+    def is_fresh(self, tick: float) -> bool:
+        """Whether the mirror is what the broker knows, as far as can be known."""
+        in_step = self.connected and self.mismatch is None
+        return in_step and tick - self.heard_tick <= FRESH_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
     """Who is told what the mirror learned, in this order."""
 
+    relay: Relay
     svids: Svids
     tokens: Tokens
     identities: Identities
@@ -137,7 +154,7 @@ class Follower:
 
     async def _hear(self, update: SyncUpdate) -> None:
         try:
-            changed = self._mirror.apply(update, tick=monotonic())
+            changed = self._mirror.apply(update, now=self._clock.now(), tick=monotonic())
         except OutOfStep as exc:
             self._metrics.agent_syncs_total.labels(exc.mismatch.name.lower()).inc()
             _log.warning("update not applied", detail=str(exc), sequence=update.revision)
@@ -146,6 +163,7 @@ class Follower:
             return
         back = not self.hearing.connected
         self._note(update)
+        self._to.relay.told(changed.denied)
         self._to.identities.withdraw(withdrawn=False)  # It would not talk to a banned node.
         self._spread(changed)
         if back:
@@ -161,6 +179,7 @@ class Follower:
         now = self._clock.now()
         self.hearing.connected = True
         self.hearing.heard_at = now
+        self.hearing.heard_tick = monotonic()
         self.hearing.last_error = None
         self.hearing.mismatch = None
         self.hearing.skew = (update.sent_at - now).total_seconds()
@@ -177,16 +196,8 @@ class Follower:
         if changed.bundle and bundle is not None:
             identities.svids_changed(svids.trust(bundle.x509_authorities))
             tokens.trust(key.key_id for key in bundle.jwt_keys)
-        if changed.revoked:
-            revoked = [each.id for each in changed.revoked]
-            lost = svids.deny(
-                SvidKey(each.entry_id, each.instance) for each in changed.revoked if each.instance
-            )
-            lost |= svids.revoke(revoked)
-            tokens.revoke(revoked)
-            if lost:
-                _log.warning("svids revoked", kind="x509", count=len(lost))
-                identities.svids_changed(lost)
+        if changed.denied:
+            self._deny(changed.denied)
         if changed.entries:
             tokens.follow(changed.entries)
             gone = svids.follow(changed.entries, all_entries(self._mirror, self._clock))
@@ -194,9 +205,35 @@ class Follower:
         identities.changed(changed)
         self._to.renewals.wake()
 
+    def _deny(self, change: DeniedChange) -> None:
+        """Drop the keys and tokens that are refused from now on, and allow what is again."""
+        svids = self._to.svids
+        if change.pardoned:
+            svids.pardon(SvidKey(*each) for each in change.pardoned)
+            self._to.identities.changed(Changed(entries=tuple(self._pardoned(change))))
+        lost = svids.deny(SvidKey(*each) for each in change.denied)
+        lost |= svids.revoke(each.id for each in change.revoked)
+        if change.authorities:
+            lost |= svids.refuse(change.authorities)
+        if change.revoked or change.epochs or change.authorities:
+            self._to.tokens.revoke()
+        if lost:
+            _log.warning("svids revoked", kind="x509", count=len(lost))
+            self._to.identities.svids_changed(lost)
+
+    def _pardoned(self, change: DeniedChange) -> Iterator[EntryChange]:
+        """The entries that instances may have SVIDs of again: for them it is as if they changed."""
+        now = self._clock.now()
+        for each in change.pardoned:
+            entry = self._mirror.entry(each.entry_id, now)
+            if entry is not None:
+                yield EntryChange(entry, entry)
+
     def _measure(self) -> None:
         now = self._clock.now()
         self._metrics.agent_entries.set(len(self._mirror))
         self._metrics.agent_svids.labels("x509").set(len(self._to.svids))
         self._metrics.agent_svids.labels("jwt").set(len(self._to.tokens))
         self._metrics.agent_overdue.set(self._to.svids.overdue(now))
+        self._metrics.agent_revocations.set(len(self._mirror.denied))
+        self._metrics.agent_followers.set(len(self._to.relay))

@@ -14,25 +14,24 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from time import monotonic
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from identity_broker.agent.denied import TokenFacts
 from identity_broker.agent.identity import (
     BundleState,
     Caller,
     JwtIdentity,
     WorkloadState,
 )
+from identity_broker.agent.instances import key_for
 from identity_broker.agent.match import WatcherIndex
 from identity_broker.agent.mirror import Changed, Mirror
 from identity_broker.agent.svids import SvidKey, Svids
 from identity_broker.agent.tokens import Tokens
 from identity_broker.attestors.workload import Process
 from identity_broker.domain.clock import Clock
-from identity_broker.domain.procfs import parse_stat
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import (
     AgentNotReady,
@@ -53,8 +52,6 @@ _FIRST_SECONDS: Final = 10.0  # how long a caller waits for its first state
 _ATTEST_AGAIN_SECONDS: Final = 5.0  # after an attestor failed
 _MOST_AUDIENCES: Final = 32
 _MOST_AUDIENCE_BYTES: Final = 512
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_BOOT_DIGITS: Final = 8
 _MOST_ROUNDS: Final = 3  # of ordering JWT-SVIDs while their entries change
 _SYNC_SECONDS: Final = 1.0  # how long a caller waits for the broker's first word
 # The broker tells of no other trust domain's bundle yet.
@@ -89,30 +86,6 @@ class Attests(Protocol):
         ...
 
 
-def instance_of(process: Process) -> str:
-    """How one process is told apart in the ledger, from those of earlier boots as well."""
-    return f"pid:{process.pid} start:{process.start_time} boot:{_boot()}"
-
-
-def is_over(instance: str) -> bool:
-    """Whether the process that `instance_of` named has ended."""
-    try:
-        pid, start, boot = (part.partition(":")[2] for part in instance.split())
-        stat = parse_stat(Path("/proc", str(int(pid)), "stat").read_bytes())
-        return stat.start_time != int(start) or boot != _boot()
-    except (OSError, ValueError):
-        return True
-
-
-@cache
-def _boot() -> str:
-    """The first digits of this boot's random id: what the ledger remembers outlives a boot."""
-    try:
-        return _BOOT_ID.read_text("ascii")[:_BOOT_DIGITS]
-    except OSError:
-        return "unknown"
-
-
 @dataclass(eq=False, slots=True)
 class _Watch:
     """One open stream.
@@ -120,12 +93,14 @@ class _Watch:
     Attributes:
         ended: done when the caller is gone.
         woken: set when something that concerns it has changed.
+        bundles: whether the bundle and the revocation lists concern it.
         keys: the SVIDs it uses, pinned.
         unsure: whether an attestor failed, so that its selectors are to be asked for again.
     """
 
     caller: Caller
     ended: asyncio.Future[None]
+    bundles: bool
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     keys: frozenset[SvidKey] = frozenset()
     unsure: bool = False
@@ -194,14 +169,13 @@ class Identities:
 
     def changed(self, change: Changed) -> None:
         """The mirror changed: wake whom it concerns."""
+        concerned: set[_Watch] = set()
         if change.bundle or change.crls:
-            concerned = set(self._watches)
-        else:
-            concerned = set()
-            for each in change.entries:
-                for entry in (each.old, each.new):
-                    if entry is not None:
-                        concerned |= self._watchers.concerned(entry.selectors)
+            concerned.update(watch for watch in self._watches if watch.bundles)
+        for each in change.entries:
+            for entry in (each.old, each.new):
+                if entry is not None:
+                    concerned |= self._watchers.concerned(entry.selectors)
         for watch in concerned:
             watch.woken.set()
 
@@ -250,6 +224,24 @@ class Identities:
                     yield state
                 await watch.pause(_ATTEST_AGAIN_SECONDS if watch.unsure else None)
 
+    async def watch_name(self, caller: Caller) -> AsyncIterator[str]:
+        """Yield the caller's SPIFFE ID, the default one, at once and whenever it is another.
+
+        Raises:
+            NoIdentity, AgentNotReady, CallerUnknown, ProcessChanged: as `watch`.
+        """
+        told: str | None = None
+        with self._watching(caller, bundles=False) as watch:
+            while True:
+                watch.woken.clear()
+                await self._synced(watch)
+                name = (await self._match(watch))[0].spiffe_id
+                if name != told:
+                    watch.check()
+                    told = name
+                    yield name
+                await watch.pause(_ATTEST_AGAIN_SECONDS if watch.unsure else None)
+
     async def jwt_svids(
         self, caller: Caller, audiences: Sequence[str], spiffe_id: str | None
     ) -> list[JwtIdentity]:
@@ -281,7 +273,7 @@ class Identities:
             raise AudienceInvalid(exc.message) from exc
         except ca_errors.CAError as exc:
             raise TokenInvalid(exc.message) from exc
-        if verified.jti is not None and self._mirror.is_revoked(verified.jti):
+        if self._mirror.denied.refuses(TokenFacts.of(verified)):
             raise TokenInvalid("the JWT-SVID is revoked")
         caller.check()
         return verified
@@ -293,9 +285,9 @@ class Identities:
     # --- a watch ------------------------------------------------------------------------------
 
     @contextmanager
-    def _watching(self, caller: Caller) -> Iterator[_Watch]:
+    def _watching(self, caller: Caller, *, bundles: bool = True) -> Iterator[_Watch]:
         ended = asyncio.ensure_future(caller.ended())
-        watch = _Watch(caller, ended)
+        watch = _Watch(caller, ended, bundles)
         ended.add_done_callback(lambda _: watch.woken.set())
         self._watches.add(watch)
         self._metrics.agent_watches.inc()
@@ -470,11 +462,6 @@ class Identities:
         if bundle is None:
             raise AgentNotReady("the agent has not heard from its broker yet", retry_after=1.0)
         return bundle
-
-
-def key_for(entry: SyncedEntry, process: Process) -> SvidKey:
-    """Which SVID the process gets for an entry."""
-    return SvidKey(entry.id, instance_of(process) if entry.per_process else "")
 
 
 def _check_audiences(audiences: Sequence[str]) -> None:

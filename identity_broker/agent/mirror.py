@@ -1,4 +1,4 @@
-"""What the broker told this node: entries, bundle, revocations, revocation lists.
+"""What the broker told this node: entries, bundle, what is to be refused, revocation lists.
 
 - Without input or output: updates go in, what changed comes out; whoever holds the mirror acts.
 - An update is applied whole or not at all: it builds on what is here, and what it gives has the
@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Final
 
+from identity_broker.agent.denied import Denied, DeniedChange
 from identity_broker.agent.match import EntryIndex, Kind, is_live, wanted_of
 from identity_ca.bundle import JwtKey, TrustBundle
 from identity_ca.errors import CAError
@@ -24,7 +25,6 @@ from identity_ca.spiffe_id import TrustDomain
 from identity_client.node.values import (
     SyncedBundle,
     SyncedEntry,
-    SyncedRevocation,
     SyncPosition,
     SyncUpdate,
     entry_digest,
@@ -37,7 +37,7 @@ INSIST_SECONDS: Final = 60.0
 # Planned endings that no longer count are cleared away when they are more than the entries.
 _SPARE_EXPIRIES: Final = 64
 _BEGINNING: Final = datetime.min.replace(tzinfo=UTC)
-_END: Final = datetime.max.replace(tzinfo=UTC)
+_NOTHING_DENIED: Final = DeniedChange()
 
 
 class Mismatch(Enum):
@@ -73,19 +73,15 @@ class EntryChange:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """What an update did.
-
-    Attributes:
-        revoked: revocations that were not known before.
-    """
+    """What an update did."""
 
     entries: tuple[EntryChange, ...] = ()
     bundle: bool = False
     crls: bool = False
-    revoked: tuple[SyncedRevocation, ...] = ()
+    denied: DeniedChange = _NOTHING_DENIED
 
     def __bool__(self) -> bool:
-        return bool(self.entries or self.bundle or self.crls or self.revoked)
+        return bool(self.entries or self.bundle or self.crls or self.denied)
 
 
 @dataclass(slots=True)
@@ -101,7 +97,11 @@ class _Stale:
 
 
 class Mirror:
-    """The state of one node, as last told. Belongs to one event loop."""
+    """The state of one node, as last told. Belongs to one event loop.
+
+    Attributes:
+        denied: what is to be refused.
+    """
 
     def __init__(self, trust_domain: TrustDomain) -> None:
         self._trust_domain = trust_domain
@@ -110,11 +110,10 @@ class Mirror:
         self._revision = 0
         self._bundle: TrustBundle | None = None
         self._crls: tuple[bytes, ...] = ()
-        self._revoked: dict[str, SyncedRevocation] = {}
         self._expiries: list[tuple[datetime, str, int]] = []
         self._looked_at = _BEGINNING
-        self._forget_at = _END
         self._stale = _Stale()
+        self.denied: Final = Denied()
 
     # --- what it says -------------------------------------------------------------------------
 
@@ -169,31 +168,28 @@ class Mirror:
         """The live entries of a process with these selectors, oldest first."""
         return self._index.match(selectors, now)
 
-    def is_revoked(self, credential_id: str) -> bool:
-        """Whether the broker told that this serial number or jti is revoked."""
-        return credential_id in self._revoked
-
     # --- what it is told ----------------------------------------------------------------------
 
-    def apply(self, update: SyncUpdate, *, tick: float) -> Changed:
+    def apply(self, update: SyncUpdate, *, now: datetime, tick: float) -> Changed:
         """Apply an update, whole.
 
         Args:
+            now: aware UTC.
             tick: a clock that only goes forward, in seconds.
 
         Raises:
             OutOfStep: nothing was applied.
         """
         if update.full:
-            return self._replace(update, tick)
+            return self._replace(update, now, tick)
         if not self.synced or update.previous != self._revision or update.revision < self._revision:
             raise OutOfStep(
                 Mismatch.GAP, f"at {self._revision}, told of {update.previous} to {update.revision}"
             )
-        return self._extend(update)
+        return self._extend(update, now)
 
     def withdraw(self, now: datetime) -> Changed:
-        """Forget everything: the node may hand out nothing any more."""
+        """Forget everything but what is denied: the node may hand out nothing any more."""
         gone = tuple(EntryChange(entry, None) for entry in self.entries(now))
         self._index = EntryIndex()
         self._digest = self._revision = 0
@@ -205,7 +201,7 @@ class Mirror:
     def expire(self, now: datetime) -> Changed:
         """Say which entries have ended since the last call, or, the clock set back, begun again.
 
-        Expired revocations are forgotten.
+        Denials that are over are forgotten.
         """
         changes = []
         if now < self._looked_at:
@@ -220,18 +216,12 @@ class Mirror:
             found = self._index.get(entry_id)
             if found is not None and found.revision == revision and not is_live(found, now):
                 changes.append(EntryChange(found, None))
-        if self._forget_at <= now:
-            self._revoked = {
-                each.id: each for each in self._revoked.values() if each.expires_at > now
-            }
-            self._forget_at = min(
-                (each.expires_at for each in self._revoked.values()), default=_END
-            )
+        self.denied.forget(now)
         return Changed(entries=tuple(changes))
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _replace(self, update: SyncUpdate, tick: float) -> Changed:
+    def _replace(self, update: SyncUpdate, now: datetime, tick: float) -> Changed:
         if self.synced and update.revision < self._revision and not self._stale.insists(tick):
             raise OutOfStep(Mismatch.STALE, f"{update.revision} after {self._revision}")
         if _digest_of(update.entries) != update.entries_digest:
@@ -250,9 +240,9 @@ class Mirror:
         self._expiries = []
         for entry in index:
             self._expect(entry)
-        return self._settle(update, tuple(changes), bundle)
+        return self._settle(update, tuple(changes), bundle, now)
 
-    def _extend(self, update: SyncUpdate) -> Changed:
+    def _extend(self, update: SyncUpdate, now: datetime) -> Changed:
         removed = set(update.removed_ids)
         newest = {entry.id: entry for entry in update.entries}
         digest = self._digest
@@ -276,15 +266,16 @@ class Mirror:
                 changes.append(EntryChange(old, entry))
                 self._expect(entry)
         self._clear_expiries()
-        return self._settle(update, tuple(changes), bundle)
+        return self._settle(update, tuple(changes), bundle, now)
 
     def _settle(
-        self, update: SyncUpdate, changes: tuple[EntryChange, ...], bundle: TrustBundle | None
+        self,
+        update: SyncUpdate,
+        changes: tuple[EntryChange, ...],
+        bundle: TrustBundle | None,
+        now: datetime,
     ) -> Changed:
-        told = tuple(each for each in update.revocations if each.id not in self._revoked)
-        for each in told:
-            self._revoked[each.id] = each
-            self._forget_at = min(self._forget_at, each.expires_at)
+        denied = self.denied.apply(update, now)
         new_bundle = bundle is not None and bundle != self._bundle
         if bundle is not None:
             self._bundle = bundle
@@ -294,7 +285,7 @@ class Mirror:
         self._revision = update.revision
         self._digest = update.entries_digest
         self._stale.since = None  # Whoever knows where we stand is not behind.
-        return Changed(entries=changes, bundle=new_bundle, crls=new_crls, revoked=told)
+        return Changed(entries=changes, bundle=new_bundle, crls=new_crls, denied=denied)
 
     def _expect(self, entry: SyncedEntry) -> None:
         if entry.expires_at is not None:

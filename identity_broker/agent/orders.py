@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from identity_broker.agent.identity import X509Identity
 from identity_broker.agent.svids import Issued
 from identity_ca.bundle import TrustBundle
-from identity_ca.chain import VerifiedX509, verify_x509_svid
+from identity_ca.chain import verify_x509_svid
 from identity_ca.errors import CAError
 from identity_ca.keys import KeyAlgorithm, generate_private_key, signature_hash, spki_der
 from identity_client.errors import ProtocolViolation
@@ -109,6 +109,7 @@ def check_issued(
         )
     if spki_der(verified.public_key) != order.public_key:
         raise ProtocolViolation("the broker issued an SVID for another key than ours")
+    chain = [verified.leaf, *map(_loaded, issued.chain[1:])]
     return Issued(
         identity=X509Identity(
             entry_id=entry.id,
@@ -120,13 +121,22 @@ def check_issued(
             not_after=verified.not_after,
         ),
         entry_revision=entry.revision,
-        anchor=_anchor_of(verified, issued.chain[1:], bundle),
+        anchor=_anchor_of(chain, bundle),
+        signers=frozenset(filter(None, map(_signer_of, chain))),
     )
 
 
-def _anchor_of(verified: VerifiedX509, above: Sequence[bytes], bundle: TrustBundle) -> bytes:
+def _signer_of(certificate: x509.Certificate) -> str:
+    """The id of the authority that signed it; empty where it names none."""
+    try:
+        named = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
+    except x509.ExtensionNotFound:
+        return ""
+    return (named.value.key_identifier or b"").hex()
+
+
+def _anchor_of(chain: Sequence[x509.Certificate], bundle: TrustBundle) -> bytes:
     """The authority of the bundle that a verified chain leads to."""
-    chain = [verified.leaf, *map(_loaded, above)]
     subjects = {one.subject for one in chain}
     for top in chain:
         if top.issuer in subjects:

@@ -24,7 +24,12 @@ from identity_broker.telemetry.logs import get_logger
 from identity_broker.telemetry.metrics import AgentMetrics
 from identity_ca.keys import KeyAlgorithm
 from identity_client.clock import roll
-from identity_client.errors import BrokerUnavailable, IdentityError, IdentityNotReady
+from identity_client.errors import (
+    BrokerUnavailable,
+    IdentityError,
+    IdentityNotReady,
+    ProtocolViolation,
+)
 from identity_client.node.values import IssuedX509, SyncedEntry, X509Request
 from identity_client.renewal import retry_delay
 
@@ -250,11 +255,15 @@ class Renewals:
             issued = check_issued(
                 answer, order=order, entry=entry, bundle=bundle, now=self._clock.now()
             )
+            if not issued.signers.isdisjoint(self._mirror.denied.authorities):
+                raise ProtocolViolation(
+                    "the authority that signed the SVID is denied", reason="AUTHORITY_DENIED"
+                )
         except IdentityError as error:
             self._fail(key, error)
             return False
         held = self._svids.adopt(key, issued, now=self._clock.now(), tick=monotonic())
-        if held and self._mirror.is_revoked(issued.identity.serial):
+        if held and self._mirror.denied.is_revoked(issued.identity.serial):
             self._svids.revoke([issued.identity.serial])  # faster than its own delivery
         return held
 

@@ -4,17 +4,17 @@
 - What is watched is never evicted. What is not is kept while it fits, least recently used first
   to go; where it does not fit, it is let go when it is due instead of renewed.
 - While all entries fit, their SVIDs are made before anybody asks.
-- An SVID is used only while it is valid, not revoked, below an authority of the bundle and of the
-  SPIFFE ID that its entry has now.
+- An SVID is used only while it is valid, not revoked, below an authority of the bundle, signed by
+  none that is denied, and of the SPIFFE ID that its entry has now.
 - A revoked SVID is made anew, for another key; an instance that is denied gets no other one,
-  whichever of its serials was the one revoked.
+  whichever of its serials was the one revoked, until it is pardoned.
 - Certificates that many chains share are held once.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final, NamedTuple
@@ -52,11 +52,17 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """An SVID that was checked, and what it leads to."""
+    """An SVID that was checked, and what it leads to.
+
+    Attributes:
+        anchor: the authority of the bundle, DER.
+        signers: ids of the authorities that signed the chain.
+    """
 
     identity: X509Identity
     entry_revision: int
     anchor: bytes = field(repr=False)
+    signers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,7 @@ class _Held:
     identity: X509Identity
     entry_revision: int
     anchor: bytes
+    signers: frozenset[str]
     received: datetime
 
 
@@ -97,6 +104,7 @@ class Svids:
         self._anchors: frozenset[bytes] = frozenset()
         self._by_serial: dict[str, SvidKey] = {}
         self._interned: dict[bytes, bytes] = {}
+        self._signers: dict[frozenset[str], frozenset[str]] = {}
         self._prefetches = False
 
     # --- what is there ------------------------------------------------------------------------
@@ -218,15 +226,17 @@ class Svids:
         found = set()
         for serial in serials:
             key = self._by_serial.get(serial)
-            if key is None:
-                continue
-            found.add(key)
-            if key.instance and key not in self._pins:
-                self._drop(key)  # it is made when its process asks
-            else:
-                self._let_go(key)
-                self._schedule.redo(key, Rank.REPLACE)
+            if key is not None:
+                found.add(key)
+                self._lose(key)
         return found
+
+    def refuse(self, authorities: Collection[str]) -> set[SvidKey]:
+        """Hand out nothing that one of these authorities signed; return whose it was."""
+        lost = {key for key, held in self._held.items() if not held.signers.isdisjoint(authorities)}
+        for key in lost:
+            self._lose(key)
+        return lost
 
     def deny(self, keys: Iterable[SvidKey]) -> set[SvidKey]:
         """Give these instances no SVID any more; return those that were not denied before."""
@@ -235,6 +245,10 @@ class Svids:
             self._drop(key)
         self._denied |= denied
         return denied
+
+    def pardon(self, keys: Iterable[SvidKey]) -> None:
+        """These instances may have SVIDs again."""
+        self._denied.difference_update(keys)
 
     def is_denied(self, key: SvidKey) -> bool:
         """Whether that process is to have no SVID of the entry any more."""
@@ -296,7 +310,8 @@ class Svids:
         leaf, *above = issued.identity.chain
         identity = replace(issued.identity, chain=(leaf, *map(self._shared, above)))
         anchor = self._shared(issued.anchor)
-        self._held[key] = _Held(identity, issued.entry_revision, anchor, now)
+        signers = self._signers.setdefault(issued.signers, issued.signers)
+        self._held[key] = _Held(identity, issued.entry_revision, anchor, signers, now)
         self._by_serial[identity.serial] = key
         self._known.setdefault(key.entry_id, set()).add(key)
         if not self._schedule.is_pending(key):
@@ -387,6 +402,14 @@ class Svids:
             key = next(iter(self._idle))
             self._drop(key)
 
+    def _lose(self, key: SvidKey) -> None:
+        """It counts no more; have it made anew."""
+        if key.instance and key not in self._pins:
+            self._drop(key)  # it is made when its process asks
+        else:
+            self._let_go(key)
+            self._schedule.redo(key, Rank.REPLACE)
+
     def _let_go(self, key: SvidKey) -> None:
         held = self._held.pop(key, None)
         if held is not None:
@@ -407,4 +430,5 @@ class Svids:
         """The one copy of a certificate that many chains have."""
         if len(self._interned) > _MOST_INTERNED:
             self._interned.clear()
+            self._signers.clear()
         return self._interned.setdefault(der, der)

@@ -6,7 +6,8 @@
 - A token ordered before its entry changed is not held.
 - What the broker is bound to refuse is not ordered; what it refused is not ordered again for a
   second, and a line of the log says so now and then.
-- A token is dropped when it is revoked, when its key leaves the bundle and when its entry goes.
+- A token is dropped when it is revoked by itself, with its authority or with all of its identity
+  (`Denied.refuses`), when its key leaves the bundle and when its entry goes.
 - The order of the audiences does not matter. Bounded: the least recently used goes first.
 """
 
@@ -20,6 +21,7 @@ from datetime import datetime, timedelta
 from time import monotonic
 from typing import Final
 
+from identity_broker.agent.denied import TokenFacts
 from identity_broker.agent.identity import JwtIdentity
 from identity_broker.agent.mirror import EntryChange, Mirror
 from identity_broker.agent.node import Node
@@ -68,8 +70,7 @@ class HeldToken:
 
     token: str = field(repr=False)
     spiffe_id: str
-    jti: str
-    key_id: str
+    facts: TokenFacts
     expires_at: datetime
     fresh_until: datetime
     fresh_until_tick: float
@@ -230,16 +231,15 @@ class Tokens:
             self._cache.drop(lambda key, _: key.entry_id in changed)
             self._refusals.clear()
 
-    def revoke(self, ids: Iterable[str]) -> None:
-        """Drop the tokens of these ids."""
-        revoked = frozenset(ids)
-        if revoked:
-            self._cache.drop(lambda _, held: held.jti in revoked)
+    def revoke(self) -> None:
+        """Drop the tokens that are to be refused by now."""
+        denied = self._mirror.denied
+        self._cache.drop(lambda _, held: denied.refuses(held.facts))
 
     def trust(self, key_ids: Iterable[str]) -> None:
         """Drop the tokens that none of these keys verifies."""
         known = frozenset(key_ids)
-        self._cache.drop(lambda _, held: held.key_id not in known)
+        self._cache.drop(lambda _, held: held.facts.key_id not in known)
 
     def sweep(self) -> None:
         """Drop what has expired."""
@@ -379,15 +379,15 @@ class Tokens:
             raise ProtocolViolation(exc.message, reason="TOKEN_UNTRUSTED") from exc
         if str(verified.spiffe_id) != entry.spiffe_id or set(verified.audiences) != key.audiences:
             raise ProtocolViolation("the broker issued another JWT-SVID than was asked for")
-        if self._mirror.is_revoked(answer.jti):
+        facts = TokenFacts.of(verified)
+        if self._mirror.denied.refuses(facts):
             raise ProtocolViolation("the JWT-SVID was revoked at once", reason="CREDENTIAL_REVOKED")
         due = renewal_due(received=now, not_after=verified.expires_at, dice=0.5)
         tick = monotonic()
         return HeldToken(
             token=answer.token,
             spiffe_id=entry.spiffe_id,
-            jti=answer.jti,
-            key_id=verified.key_id,
+            facts=facts,
             expires_at=verified.expires_at,
             fresh_until=due,
             fresh_until_tick=tick + (due - now).total_seconds(),

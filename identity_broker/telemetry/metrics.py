@@ -222,6 +222,11 @@ class AgentMetrics:
         self.agent_overdue = Gauge(
             "idb_agent_overdue", "X.509-SVIDs past their renewal time", registry=registry
         )
+        self.agent_revocations = Gauge(
+            "idb_agent_revocations",
+            "Revoked credentials that are refused on this machine",
+            registry=registry,
+        )
         # what it orders
         self.agent_issued_total = Counter(
             "idb_agent_issued_total", "SVIDs obtained", ("kind",), registry=registry
@@ -244,6 +249,11 @@ class AgentMetrics:
         )
         self.agent_watches = Gauge(
             "idb_agent_watches", "Streams of workloads being served", registry=registry
+        )
+        self.agent_followers = Gauge(
+            "idb_agent_followers",
+            "Streams of workloads that follow revocations",
+            registry=registry,
         )
         self.agent_attest_seconds = Histogram(
             "idb_agent_attest_seconds",

@@ -45,6 +45,8 @@ from identity_client._wire.workload import SECURITY_HEADER, SECURITY_VALUE
 Callers: TypeAlias = Callable[[str], Caller]
 UnaryFunction: TypeAlias = Callable[[Any, Caller], Awaitable[Message]]
 StreamFunction: TypeAlias = Callable[[Any, Caller], AsyncIterator[Message]]
+End: TypeAlias = Callable[[BrokerError], None]
+FollowFunction: TypeAlias = Callable[[Any, Caller, End], AsyncIterator[bytes]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -112,6 +114,17 @@ class Front:
             cast("Any", _Method(self._parts, name, request, function).duplex)
         )
 
+    def follow(self, name: str, request: type[Message], function: FollowFunction) -> Handler:
+        """As `duplex`, for what goes to many followers alike.
+
+        Its messages go out as the octets they are. Those that come in are not charged: `function`
+        bounds them. It is also given what ends the stream with a refusal, even while a message
+        waits for a slow reader.
+        """
+        return grpc.stream_stream_rpc_method_handler(
+            cast("Any", _Method(self._parts, name, request, function).follow)
+        )
+
     @property
     def streams(self) -> int:
         """Streams being served."""
@@ -173,7 +186,7 @@ class _Method:
         parts: _Parts,
         name: str,
         request: type[Message],
-        function: UnaryFunction | StreamFunction,
+        function: UnaryFunction | StreamFunction | FollowFunction,
     ) -> None:
         self._parts = parts
         self._name = name
@@ -217,14 +230,32 @@ class _Method:
 
     async def stream(self, raw: bytes, context: Context) -> None:
         """One message in, any number out."""
-        await self._stream(raw, None, context)
+
+        def begin(caller: Caller, _end: End) -> AsyncIterator[Message]:
+            return cast("StreamFunction", self._function)(self._parsed(raw), caller)
+
+        await self._stream(begin, context)
 
     async def duplex(self, messages: AsyncIterator[bytes], context: Context) -> None:
         """Any number of messages in and out."""
-        await self._stream(None, messages, context)
+
+        def begin(caller: Caller, _end: End) -> AsyncIterator[Message]:
+            each = self._each_parsed(messages, caller)
+            return cast("StreamFunction", self._function)(each, caller)
+
+        await self._stream(begin, context)
+
+    async def follow(self, messages: AsyncIterator[bytes], context: Context) -> None:
+        """As `duplex`; see `Front.follow`."""
+
+        def begin(caller: Caller, end: End) -> AsyncIterator[bytes]:
+            each = self._each_parsed(messages, None)
+            return cast("FollowFunction", self._function)(each, caller, end)
+
+        await self._stream(begin, context)
 
     async def _stream(
-        self, raw: bytes | None, messages: AsyncIterator[bytes] | None, context: Context
+        self, begin: Callable[[Caller, End], AsyncIterator[Message | bytes]], context: Context
     ) -> None:
         parts = self._parts
         caller: Caller | None = None
@@ -232,18 +263,18 @@ class _Method:
         self._open.inc()
         try:
             caller = parts.begun(context)
-            request = self._parsed(raw) if raw is not None else self._each_parsed(messages, caller)
-            function = cast("StreamFunction", self._function)
             with parts.limits.stream(caller):
                 async with (
-                    _Supervision(caller, parts.streams),
-                    aclosing(cast("Any", function(request, caller))) as answers,
+                    _Supervision(caller, parts.streams) as supervision,
+                    aclosing(cast("Any", begin(caller, supervision.end))) as answers,
                 ):
                     async for answer in answers:
                         # The answer may have waited for a slow reader.
                         caller.check()
                         writing = True
-                        await context.write(answer.SerializeToString())
+                        await context.write(
+                            answer if isinstance(answer, bytes) else answer.SerializeToString()
+                        )
                         writing = False
         except BrokerError as exc:
             error = exc
@@ -278,12 +309,11 @@ class _Method:
             raise MalformedRequest("the request is not a message of this method") from exc
 
     async def _each_parsed(
-        self, messages: AsyncIterator[bytes] | None, caller: Caller
+        self, messages: AsyncIterator[bytes], charged: Caller | None
     ) -> AsyncIterator[Message]:
-        if messages is None:
-            return
         async for raw in messages:
-            self._parts.limits.charge(caller)
+            if charged is not None:
+                self._parts.limits.charge(charged)
             yield self._parsed(raw)
 
     def _refused(self, error: BrokerError, caller: Caller | None) -> AbortArguments:

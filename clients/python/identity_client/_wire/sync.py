@@ -78,7 +78,7 @@ class UpdateReader:
                 PROTOCOL_VIOLATION when it cannot be read.
         """
         joined = self._joined
-        if joined is None or (message.full and not joined.full):
+        if joined is None or message.full:
             if not message.full and message.previous != self._at:
                 raise ProtocolViolation(
                     f"the broker's changes begin at revision {message.previous}, "
