@@ -22,9 +22,11 @@ from identity_broker.lifecycle.attest import Attest
 from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
 from identity_broker.lifecycle.crl.lists import GATHER, RevocationLists
 from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.feed import RevocationFeed
 from identity_broker.lifecycle.issue import Issue
 from identity_broker.lifecycle.ocsp import Ocsp
 from identity_broker.lifecycle.ocsp_responders import Responders
+from identity_broker.lifecycle.propagation import Propagation
 from identity_broker.lifecycle.record import Record
 from identity_broker.lifecycle.revoke import Revoke
 from identity_broker.lifecycle.roster import Roster
@@ -35,6 +37,7 @@ from identity_broker.lifecycle.rotate import (
     RotateServer,
 )
 from identity_broker.lifecycle.sync import NodeSync
+from identity_broker.lifecycle.verifiers import VerifierKind, Verifiers
 from identity_broker.registry.entries import Entries
 from identity_broker.registry.nodes import Nodes
 from identity_broker.server.backends import build_attestors, build_backends
@@ -46,6 +49,7 @@ from identity_broker.server.rpc.services.entry import EntryService
 from identity_broker.server.rpc.services.node import NodeService
 from identity_broker.server.rpc.services.node_attestation import NodeAttestationService
 from identity_broker.server.rpc.services.node_sync import NodeSyncService
+from identity_broker.server.rpc.services.revocation import RevocationService
 from identity_broker.server.rpc.services.svid import SvidService
 from identity_broker.server.trust import Trust
 from identity_broker.signing import Signing
@@ -177,7 +181,9 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     revoke = Revoke(store, directory, clock, issue.settled, revoke_authority=revoke_authority)
     resources.push_async_callback(revoke.close)
 
-    roster = Roster(on_count=metrics.agents_connected.set)
+    verifiers, _feed, propagation = _verifiers(directory, clock, metrics)
+    revoke.on_committed.append(propagation.begun)
+    roster = Roster(on_count=metrics.agents_connected.set, verifiers=verifiers)
     revocation_lists = RevocationLists(
         signing=signing,
         directory=directory,
@@ -233,6 +239,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         NodeService(nodes),
         BundleService(signing, trust.listen),
         CredentialService(store),
+        RevocationService(revoke, propagation, roster, trust_domain, clock),
         AuthorityService(signing),
         NodeSyncService(node_sync, roster, directory, metrics, clock),
     ):
@@ -275,6 +282,29 @@ def _list_pace(roster: Roster, octets: int) -> timedelta:
     """The least time between two tellings of lists of so many bytes."""
     network = timedelta(seconds=len(roster) * octets / _LIST_OCTETS_A_SECOND)
     return max(GATHER, len(roster) * _LIST_PACE_OF_EACH, network)
+
+
+def _verifiers(
+    directory: Directory, clock: Clock, metrics: Metrics
+) -> tuple[Verifiers, RevocationFeed, Propagation]:
+    """Who is told of revocations, by what, and who has heard."""
+
+    def verifiers_connected(kind: VerifierKind, count: int) -> None:
+        metrics.verifiers_connected.labels(kind.value).set(count)
+
+    verifiers = Verifiers(verifiers_connected)
+    feed = RevocationFeed(directory, verifiers)
+    propagation = Propagation(
+        verifiers,
+        directory,
+        clock,
+        needed=feed.needed,
+        on_acknowledged=metrics.revocation_propagation_seconds.observe,
+        on_outcome=lambda outcome: metrics.revocation_acknowledgements_total.labels(
+            outcome.value
+        ).inc(),
+    )
+    return verifiers, feed, propagation
 
 
 def _settle_memory() -> None:
