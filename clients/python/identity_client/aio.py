@@ -38,6 +38,7 @@ from identity_client.holder import IdentityHolder, SourceStatus, Subscriber, Uns
 from identity_client.jwt_check import verify_with
 from identity_client.revocation import DenySet
 from identity_client.settings import SourceSettings
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
 from identity_client.workload_api.engine import WorkloadApiEngine
 from identity_client.workload_api.settings import WorkloadApiSettings
 
@@ -62,7 +63,7 @@ class IdentitySource:
 
     def __init__(self, settings: SourceSettings | WorkloadApiSettings) -> None:
         self._settings = settings
-        self._holder = IdentityHolder()
+        self._holder = IdentityHolder(settings.staleness)
         self._engine: _Engine | None = None
 
     @classmethod
@@ -72,6 +73,7 @@ class IdentitySource:
         *,
         spiffe_id: str | SpiffeId | None = None,
         hint: str | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> Self:
         """A source that asks a SPIFFE Workload API, and needs no secret at all.
 
@@ -80,11 +82,14 @@ class IdentitySource:
                 SPIFFE_ENDPOINT_SOCKET.
             spiffe_id: who to be; the first identity that is offered when None.
             hint: take the identity with this hint.
+            staleness: what it means for peers when nothing is heard about revocations.
 
         Raises:
             SettingsInvalid: a value cannot be used, or no endpoint is named.
         """
-        return cls(WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint))
+        return cls(
+            WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint, staleness=staleness)
+        )
 
     @classmethod
     def from_join_token(
@@ -98,6 +103,7 @@ class IdentitySource:
         token_file: str | Path | None = None,
         spiffe_id: str | SpiffeId | None = None,
         state_dir: str | Path | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> Self:
         """A source that joins with a single-use token.
 
@@ -109,7 +115,9 @@ class IdentitySource:
             token: the join token; or
             token_file: a file that holds it.
             spiffe_id: who to be; the first identity this machine is authorised for when None.
-            state_dir: keep the node's key and SVID here, so that a restart needs no new token.
+            state_dir: keep the node's key and SVID here, so that a restart needs no new token, and
+                what is revoked, so that it is refused before the broker was reached.
+            staleness: what it means for peers when nothing is heard about revocations.
 
         Raises:
             SettingsInvalid: a value cannot be used.
@@ -123,6 +131,7 @@ class IdentitySource:
                 bundle_file=bundle_file,
                 spiffe_id=spiffe_id,
                 state_dir=state_dir,
+                staleness=staleness,
             )
         )
 
@@ -138,6 +147,7 @@ class IdentitySource:
         key_file: str | Path,
         spiffe_id: str | SpiffeId | None = None,
         state_dir: str | Path | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> Self:
         """A source that joins with a certificate this machine already has (x509_pop).
 
@@ -149,7 +159,8 @@ class IdentitySource:
             cert_file: PEM file, leaf first; read again for every attestation.
             key_file: PEM file with the leaf's unencrypted private key.
             spiffe_id: who to be; the first identity this machine is authorised for when None.
-            state_dir: keep the node's key and SVID here.
+            state_dir: keep the node's key and SVID here, and what is revoked.
+            staleness: what it means for peers when nothing is heard about revocations.
 
         Raises:
             SettingsInvalid: a value cannot be used.
@@ -163,6 +174,7 @@ class IdentitySource:
                 bundle_file=bundle_file,
                 spiffe_id=spiffe_id,
                 state_dir=state_dir,
+                staleness=staleness,
             )
         )
 

@@ -4,6 +4,7 @@
   backs off on its own; none ends but by `close` (or by a bug, which is logged). The node below
   them keeps itself: `identity_client.node`.
 - What is valid stays in use whatever fails: only expiry and revocation take it away.
+- No identity is handed out before the revocations were asked for, within a bounded time.
 - The first identity chosen is kept for the life of the process, by SPIFFE ID: entries may be
   replaced under it, it never becomes somebody else.
 """
@@ -36,6 +37,8 @@ from identity_client.link import REPLACED
 from identity_client.node.keeper import NodeKeeper
 from identity_client.node.values import IssuedJwt, JwtRequest, X509Request
 from identity_client.renewal import renewal_due, retry_delay
+from identity_client.revocation_feed import RevocationFollower
+from identity_client.revocation_file import RevocationMemory
 from identity_client.settings import SourceSettings
 
 __all__ = ["Engine"]
@@ -49,6 +52,8 @@ _INSIST_SECONDS = 1.0
 _LONGEST_SLEEP = timedelta(seconds=60)
 _SHORTEST_SLEEP = timedelta(milliseconds=100)
 _WATCH_CAP = timedelta(seconds=5)
+# A first identity waits so long for the revocations that come beside it.
+_FEED_PATIENCE_SECONDS = 1.0
 
 
 class Engine:
@@ -74,6 +79,12 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._telling: set[asyncio.Task[None]] = set()
         self._jwts = JwtFetcher(holder, self._issue_jwt)
+        self._follower = RevocationFollower(
+            holder, on_own=self._after_own_denial, on_change=self._after_denials
+        )
+        self._memory = RevocationMemory(
+            settings.state_dir, settings.trust_domain, holder.denied, self._follower
+        )
         self.changed = asyncio.Condition()
 
     # --- life ----------------------------------------------------------------------------------
@@ -85,7 +96,9 @@ class Engine:
             SettingsInvalid: a file cannot be read or used.
         """
         await self._keeper.start()
-        for loop in (self._keep_identity, self._keep_bundle, self._keep_revocations):
+        await self._memory.load()  # Before anybody can be accepted.
+        loops = (self._keep_identity, self._keep_bundle, self._keep_revocations, self._memory.run)
+        for loop in loops:
             task = asyncio.create_task(loop(), name=f"identity-{loop.__name__}")
             task.add_done_callback(_report_bug)
             self._tasks.append(task)
@@ -98,6 +111,7 @@ class Engine:
             for task in pending:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=_INSIST_SECONDS)
+        await self._memory.save()
         await self._keeper.close()
         self._holder.close()
         await self._tell()
@@ -144,6 +158,9 @@ class Engine:
         self._svid_due = renewal_due(
             received=material.received, not_after=material.not_after, dice=self._dice()
         )
+        if not self._holder.status().ready:
+            # Who may be accepted is known before there is an identity to accept anybody with.
+            await self._follower.settled(_FEED_PATIENCE_SECONDS)
         snapshot = self._holder.publish(material, bundle)
         _logger.info(
             "identity issued: %s, serial %s, expires %s",
@@ -200,6 +217,9 @@ class Engine:
             self._wake.set()  # What was refused to the node as it was may be granted now.
         if self._keeper.bundle is not None:
             self._holder.publish_bundle(self._keeper.bundle)
+        self._tell_soon()
+
+    def _tell_soon(self) -> None:
         task = asyncio.get_running_loop().create_task(self._tell())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
@@ -216,19 +236,29 @@ class Engine:
 
     async def _keep_revocations(self) -> None:
         async def follow() -> AsyncIterator[None]:
-            try:
-                async for update in self._keeper.watch(lambda link: link.watch_revocations()):
-                    if self._holder.revoke(update.revoked, now=utc_now()):
-                        await self._tell()
-                        self._wake.set()
-                    self._holder.denied.synced = update.synced
-                    yield
-            finally:
-                self._holder.denied.synced = False
+            stream = self._keeper.watch(lambda link: self._follower.stream(link.revocation_feed()))
+            async for _ in stream:
+                yield
 
-        await self._follow("revocations", follow)
+        def spread() -> timedelta:
+            self._holder.denied.note_silence()
+            return self._follower.spread
 
-    async def _follow(self, what: str, follow: Callable[[], AsyncIterator[None]]) -> None:
+        await self._follow("revocations", follow, spread)
+
+    def _after_denials(self) -> None:
+        self._memory.changed()
+
+    def _after_own_denial(self) -> None:
+        self._wake.set()
+        self._tell_soon()
+
+    async def _follow(
+        self,
+        what: str,
+        follow: Callable[[], AsyncIterator[None]],
+        spread: Callable[[], timedelta] = timedelta,
+    ) -> None:
         failures = 0
         with suppress(SourceClosed):
             while True:
@@ -248,7 +278,7 @@ class Engine:
                 delay = retry_delay(
                     failures, dice=self._dice(), retry_after=retry_after, cap=_WATCH_CAP
                 )
-                await self._keeper.pause(delay, moved)
+                await self._keeper.pause(max(delay, spread() * self._dice()), moved)
 
     async def _tell(self) -> None:
         async with self.changed:

@@ -21,6 +21,7 @@
     ├── SettingsInvalid       an argument, environment variable or file of ours cannot be used
     ├── PeerRejected          the other end of a TLS connection is not whom we accept
     │   ├── PeerRevoked       … its certificate is revoked
+    │   ├── RevocationsStale  … nobody can say: too long without news of revocations
     │   └── PeerExpired       … its certificate has expired on the open connection
     └── SourceError           this process has no identity to hand out
         ├── IdentityNotReady  … not yet
@@ -52,6 +53,7 @@ __all__ = [
     "PeerRevoked",
     "ProtocolViolation",
     "RequestRejected",
+    "RevocationsStale",
     "SettingsInvalid",
     "SourceClosed",
     "SourceError",
@@ -228,6 +230,14 @@ class PeerRevoked(PeerRejected):
 
     default_reason = "PEER_REVOKED"
     sentence = "the peer's certificate is revoked"
+
+
+class RevocationsStale(PeerRejected):
+    """Nothing was heard about revocations for longer than our staleness policy allows."""
+
+    default_reason = "REVOCATIONS_STALE"
+    sentence = "nothing was heard about revocations for too long"
+    default_hint = "source.status() says since when; does the broker or node agent answer?"
 
 
 class PeerExpired(PeerRejected):

@@ -33,6 +33,7 @@ from identity_client.errors import (
     SourceClosed,
 )
 from identity_client.revocation import DenySet, RevocationList, RevokedCredential
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
 
 __all__ = ["IdentityHolder", "SourceState", "SourceStatus", "Subscriber", "Unsubscribe"]
 
@@ -65,6 +66,9 @@ class SourceStatus:
         expires_at: when our certificate expires.
         revocations_synced: whether revocations arrive as they happen; if not, peers are checked
             against those known so far.
+        revocations_heard_at: when something was last heard about revocations, "nothing new"
+            included; None for never.
+        revocations_stale: whether that is longer ago than the source's staleness policy allows.
         last_error: the last failure, None after a success.
         last_error_at: when that was.
         failures: how many attempts have failed in a row.
@@ -76,6 +80,8 @@ class SourceStatus:
     serial: str
     expires_at: datetime | None
     revocations_synced: bool
+    revocations_heard_at: datetime | None
+    revocations_stale: bool
     last_error: IdentityError | None
     last_error_at: datetime | None
     failures: int
@@ -84,8 +90,8 @@ class SourceStatus:
 class IdentityHolder:
     """Holds what a source obtained. Writers are the source's loop alone; readers are any thread."""
 
-    def __init__(self) -> None:
-        self.denied = DenySet()
+    def __init__(self, staleness: StalenessPolicy = DEFAULT_STALENESS) -> None:
+        self.denied = DenySet(staleness)
         self._snapshot: IdentitySnapshot | None = None
         self._revoked = False
         self._withdrawn: IdentityError | None = None
@@ -136,6 +142,8 @@ class IdentityHolder:
             serial=current.serial if current else "",
             expires_at=current.not_after if current else None,
             revocations_synced=self.denied.synced,
+            revocations_heard_at=self.denied.heard_at,
+            revocations_stale=self.denied.is_stale(),
             last_error=error,
             last_error_at=error_at,
             failures=failures,
@@ -176,22 +184,30 @@ class IdentityHolder:
 
     def revoke(self, revoked: Iterable[RevokedCredential], *, now: datetime) -> bool:
         """Denies credentials; returns whether our own certificate became one of them."""
-        self.denied.add(revoked, now=now)
-        current = self._snapshot
-        if current is not None and not self._revoked and self._is_denied(current):
-            self._note_revoked(current)
-            return True
-        return False
+        return self.denials_changed(somebody_denied=bool(self.denied.add(revoked, now=now)))
 
     def take_lists(self, lists: Iterable[RevocationList], crls: tuple[bytes, ...]) -> None:
         """The newest revocation lists, in place of those before; they may take our own, or not."""
-        self.denied.replace_lists(lists)
+        self.denied.replace_lists(lists, now=utc_now())
         self._crls = crls
+        self.denials_changed(somebody_denied=True)
+
+    def denials_changed(self, *, somebody_denied: bool) -> bool:
+        """The deny set is another: our own certificate and open connections are looked at again.
+
+        Returns:
+            Whether our own certificate was not denied before.
+        """
         current = self._snapshot
+        fell = False
         if current is not None:
             was_revoked, self._revoked = self._revoked, self._is_denied(current)
-            if self._revoked and not was_revoked:
+            fell = self._revoked and not was_revoked
+            if fell:
                 self._note_revoked(current)
+        if somebody_denied:
+            self.denied.tell_watchers()
+        return fell
 
     def withdraw(self, why: IdentityError) -> None:
         """Hands out nothing until the next `publish`: we are not entitled to it any more."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jwt
 from spiffe import JwtBundle, JwtSvid
 from spiffe.errors import PySpiffeError
 
@@ -20,7 +23,8 @@ def verify_with(
     Raises:
         PeerRejected: reason TOKEN_REJECTED: it does not verify, or its trust domain is neither
             ours nor federated with it (Workload API, section 6.3).
-        PeerRevoked: the broker revoked it.
+        PeerRevoked: it is revoked: by its jti, with its identity, or with the authority's key.
+        RevocationsStale: nobody can say.
     """
     try:
         claimed = JwtSvid.parse_insecure(token, {audience}).spiffe_id.trust_domain
@@ -35,14 +39,18 @@ def verify_jwt_svid(token: str, audience: str, *, bundle: JwtBundle, denied: Den
 
     Raises:
         PeerRejected: reason TOKEN_REJECTED (JWT-SVID section 5).
-        PeerRevoked: the broker revoked it.
+        PeerRevoked: it is revoked: by its jti, with its identity, or with the authority's key.
+        RevocationsStale: nobody can say.
     """
     try:
         svid = JwtSvid.parse_and_validate(token, bundle, {audience})
     except PySpiffeError as exc:
         raise _rejected(exc) from None
-    if _jti(svid) in denied:
-        raise PeerRevoked(f'the JWT-SVID of "{svid.spiffe_id}" is revoked')
+    name = str(svid.spiffe_id)
+    claims = _claims(svid)
+    if denied.denies_token(str(claims.get("jti", "")), name, _issued_at(claims), _key_id(token)):
+        raise PeerRevoked(f'the JWT-SVID of "{name}" is revoked')
+    denied.check_fresh()
     return svid
 
 
@@ -52,6 +60,18 @@ def _rejected(why: Exception) -> PeerRejected:
     return PeerRejected(f"the JWT-SVID does not verify ({kind})", reason="TOKEN_REJECTED")
 
 
-def _jti(svid: JwtSvid) -> str:
+def _claims(svid: JwtSvid) -> dict[str, Any]:
     # py-spiffe keeps the claims but does not publish them.
-    return str(svid._claims.get("jti", ""))  # noqa: SLF001
+    return svid._claims  # noqa: SLF001
+
+
+def _issued_at(claims: dict[str, Any]) -> float | None:
+    found = claims.get("iat")
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found:  # noqa: PLR0124 - NaN
+        return None
+    return found
+
+
+def _key_id(token: str) -> str:
+    # Read of a token that was verified: its header is the one that named the key.
+    return str(jwt.get_unverified_header(token).get("kid", ""))

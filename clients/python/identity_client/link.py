@@ -10,11 +10,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -22,31 +21,36 @@ import grpc.aio
 from identity_api.broker.v1 import (
     bundle_pb2,
     bundle_pb2_grpc,
-    credential_pb2,
-    credential_pb2_grpc,
     entry_pb2,
     entry_pb2_grpc,
     node_attestation_pb2,
     node_attestation_pb2_grpc,
     node_sync_pb2,
     node_sync_pb2_grpc,
+    revocation_feed_pb2_grpc,
     svid_pb2,
     svid_pb2_grpc,
     types_pb2,
+)
+from identity_client._wire.calls import (
+    REPLACED,
+    STREAM_CUT,
+    Duplex,
+    calling,
+    readable,
+    streaming,
+    write,
 )
 from identity_client._wire.convert import (
     AuthorizedEntry,
     bundle_from_wire,
     entries_from_wire,
-    revocations_from_wire,
 )
 from identity_client._wire.issued import jwts_from_wire, x509s_from_wire
-from identity_client._wire.status import error_from_rpc
+from identity_client._wire.revocation_feed import FeedCall
 from identity_client.clock import roll, utc_now
 from identity_client.credential import BundleSnapshot, X509Material
 from identity_client.errors import (
-    BrokerFailed,
-    BrokerUnavailable,
     IdentityError,
     IdentityNotReady,
     ProtocolViolation,
@@ -60,23 +64,18 @@ from identity_client.node.values import (
     Verifier,
     X509Request,
 )
-from identity_client.revocation import RevokedCredential
 
 __all__ = [
     "REPLACED",
     "STREAM_CUT",
     "Attested",
     "BrokerLink",
-    "RevocationUpdate",
     "SyncCall",
     "issued_material",
 ]
 
-REPLACED = "CONNECTION_REPLACED"
-STREAM_CUT = "STREAM_CUT"
 _DRAIN_SECONDS = 5.0
 _MAX_RECEIVE_BYTES = 64 * 1024 * 1024
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +86,6 @@ class Attested:
     bundle: BundleSnapshot
     bundle_message: bytes = field(repr=False)
     reattestable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RevocationUpdate:
-    """One message of the revocation stream."""
-
-    revoked: tuple[RevokedCredential, ...]
-    synced: bool
 
 
 class BrokerLink:
@@ -122,7 +113,7 @@ class BrokerLink:
         )
         channel = self._secure(self._settings.bootstrap_address, roots)
         try:
-            result = await _calling(self._attest_on(channel, begin, pair))
+            result = await calling(self._attest_on(channel, begin, pair))
         finally:
             await channel.close()
         bundle = bundle_from_wire(result.bundle, self._settings.domain)
@@ -142,8 +133,8 @@ class BrokerLink:
         request = node_attestation_pb2.AttestRequest
         stub = node_attestation_pb2_grpc.NodeAttestationStub(channel)
         call: Any = stub.Attest(timeout=self._settings.rpc_timeout)
-        await _write(call, request(begin=begin))
-        async for response in _readable(call):
+        await write(call, request(begin=begin))
+        async for response in readable(call):
             if response.HasField("result"):
                 await call.done_writing()
                 return response.result  # type: ignore[no-any-return]
@@ -153,7 +144,7 @@ class BrokerLink:
                 public_key_der=pair.public_der(),
                 trust_domain=self._settings.domain.name,
             )
-            await _write(call, request(challenge_response=answer))
+            await write(call, request(challenge_response=answer))
         raise ProtocolViolation("the broker ended the attestation without a result")
 
     def connect(self, node: X509Material, roots: bytes) -> None:
@@ -211,18 +202,14 @@ class BrokerLink:
         """The trust bundle now and whenever it changes."""
         stub = bundle_pb2_grpc.BundleStub(self._connected())
         call: Any = stub.Watch(bundle_pb2.WatchBundleRequest())
-        async with _streaming(call):
-            async for response in _readable(call):
+        async with streaming(call):
+            async for response in readable(call):
                 yield response.bundle
 
-    async def watch_revocations(self) -> AsyncIterator[RevocationUpdate]:
-        """Every revocation that still matters, then each new one."""
-        stub = credential_pb2_grpc.CredentialStub(self._connected())
-        call: Any = stub.WatchRevocations(credential_pb2.WatchRevocationsRequest())
-        async with _streaming(call):
-            async for response in _readable(call):
-                revoked = revocations_from_wire(response.revocations)
-                yield RevocationUpdate(revoked=revoked, synced=response.synced)
+    def revocation_feed(self) -> FeedCall:
+        """Opens the stream of revocations; nothing is sent yet."""
+        stub = revocation_feed_pb2_grpc.RevocationFeedStub(self._connected())
+        return FeedCall(stub.Follow(), self._settings.rpc_timeout)
 
     def sync(self) -> SyncCall:
         """Opens the stream of changes; nothing is sent yet."""
@@ -243,7 +230,7 @@ class BrokerLink:
         return self._channel
 
     async def _unary(self, method: Callable[..., Any], request: object) -> Any:
-        return await _calling(method(request, timeout=self._settings.rpc_timeout))
+        return await calling(method(request, timeout=self._settings.rpc_timeout))
 
     def _secure(
         self, address: str, roots: bytes, node: X509Material | None = None
@@ -267,29 +254,15 @@ class BrokerLink:
         return grpc.aio.secure_channel(address, credentials, options)
 
 
-class SyncCall:
+class SyncCall(Duplex):
     """One call of NodeSync.Sync."""
-
-    def __init__(self, call: Any, timeout: float) -> None:
-        self._call = call
-        self._timeout = timeout
-        self._writing = asyncio.Lock()  # gRPC takes one message at a time.
 
     async def hello(self, *, resume_from: int, entries_digest: int, version: str) -> None:
         """Sends the first message; why it could not be sent, `read` says."""
         hello = node_sync_pb2.SyncRequest.Hello(
             resume_from=resume_from, entries_digest=entries_digest, version=version
         )
-        request = node_sync_pb2.SyncRequest(hello=hello)
-        writing = asyncio.ensure_future(_write(self._call, request))
-        # A write to a call that ends before it has begun waits for ever.
-        self._call.add_done_callback(lambda _: writing.cancel())
-        try:
-            await asyncio.wait({writing})
-        finally:
-            writing.cancel()
-        if not writing.cancelled():
-            writing.exception()  # Seen.
+        await self.begin(node_sync_pb2.SyncRequest(hello=hello))
 
     async def read(self, within: float) -> node_sync_pb2.SyncResponse:
         """The broker's next message.
@@ -300,28 +273,12 @@ class SyncCall:
         Raises:
             IdentityError: the stream has ended.
         """
-        try:
-            async with asyncio.timeout(within):
-                message = await _calling(self._call.read())
-        except BrokerFailed as exc:
-            if exc.correlation_id:
-                raise
-            # Not the broker's word: gRPC says so when an acknowledgement meets the end of the
-            # call, and the broker's reason is lost. It will give it again.
-            raise BrokerUnavailable("the stream was cut off", reason=STREAM_CUT) from exc
-        except TimeoutError as exc:
-            raise BrokerUnavailable(
-                f"nothing was heard from the broker for {within:g} s", reason="STREAM_SILENT"
-            ) from exc
-        if message is grpc.aio.EOF:
-            raise BrokerUnavailable("the broker ended the stream", reason="STREAM_ENDED")
-        return cast("node_sync_pb2.SyncResponse", message)
+        return cast("node_sync_pb2.SyncResponse", await self.next_message(within))
 
     async def acknowledge(self, revision: int) -> None:
         """Sends an acknowledgement; on a stream that has ended, does nothing."""
-        await self._tell(
-            node_sync_pb2.SyncRequest(ack=node_sync_pb2.SyncRequest.Ack(revision=revision))
-        )
+        ack = node_sync_pb2.SyncRequest.Ack(revision=revision)
+        await self.send(node_sync_pb2.SyncRequest(ack=ack))
 
     async def report(self, verifiers: Iterable[Verifier]) -> None:
         """Sends who follows revocations through this node; as `acknowledge`."""
@@ -329,77 +286,7 @@ class SyncCall:
         request.verifiers.SetInParent()  # None is something to tell, too.
         for each in verifiers:
             request.verifiers.verifiers.add(name=each.name, revision=each.revision)
-        await self._tell(request)
-
-    async def _tell(self, request: node_sync_pb2.SyncRequest) -> None:
-        try:
-            async with asyncio.timeout(self._timeout), self._writing:
-                await _calling(_written(self._call, request))
-        except (TimeoutError, IdentityError):
-            # Whoever reads the stream learns of it there; a broker that takes nothing for so
-            # long would let go of us anyway.
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Ends the call."""
-        self._call.cancel()
-
-
-async def _written(call: Any, request: object) -> bool:
-    await _write(call, request)
-    return True
-
-
-async def _write(call: Any, request: object) -> None:
-    # A call the broker has ended refuses to be written to; the next read says why it ended.
-    with suppress(asyncio.InvalidStateError):
-        await call.write(request)
-
-
-async def _readable(call: Any) -> AsyncIterator[Any]:
-    async for response in call:
-        yield _read(response)
-
-
-def _read(response: Any) -> Any:
-    if response is None:  # grpc's way to say that the octets are no such message
-        raise ProtocolViolation("the broker sent a message that cannot be read")
-    return response
-
-
-async def _calling(call: Awaitable[_T]) -> _T:
-    try:
-        return cast("_T", _read(await call))
-    except grpc.RpcError as exc:
-        raise error_from_rpc(exc) from exc
-    except asyncio.CancelledError as exc:
-        _reraise_if_ours(exc)
-        raise _replaced() from exc
-
-
-@asynccontextmanager
-async def _streaming(call: Any) -> AsyncIterator[None]:
-    try:
-        yield
-    except grpc.RpcError as exc:
-        raise error_from_rpc(exc) from exc
-    except asyncio.CancelledError as exc:
-        _reraise_if_ours(exc)
-        raise _replaced() from exc
-    finally:
-        call.cancel()
-
-
-def _reraise_if_ours(exc: asyncio.CancelledError) -> None:
-    # grpc.aio ends the calls of a closed channel with CancelledError; only when our own task is
-    # being cancelled does it mean that we must stop.
-    task = asyncio.current_task()
-    if task is None or task.cancelling():
-        raise exc
-
-
-def _replaced() -> BrokerUnavailable:
-    return BrokerUnavailable("the connection to the broker was replaced", reason=REPLACED)
+        await self.send(request)
 
 
 def issued_material(

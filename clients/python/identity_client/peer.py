@@ -21,6 +21,7 @@ from spiffe import SpiffeId
 from identity_client.errors import PeerExpired, PeerRejected, PeerRevoked, SettingsInvalid
 from identity_client.naming import parse_spiffe_id
 from identity_client.revocation import DenySet, Issuer
+from identity_client.staleness import StalenessPolicy
 
 __all__ = ["Peer", "check_current", "peer_from_der", "peer_from_pem", "serial_text"]
 
@@ -87,14 +88,28 @@ def peer_from_der(der: bytes) -> Peer:
         raise PeerRejected("the peer's certificate cannot be read") from exc
 
 
-def check_current(peer: Peer, denied: DenySet, *, now: float | None = None) -> None:
+def check_current(
+    peer: Peer,
+    denied: DenySet,
+    *,
+    now: float | None = None,
+    staleness: StalenessPolicy | None = None,
+) -> None:
     """Refuses a peer whose certificate is revoked or has expired since the handshake.
 
+    Args:
+        peer: whose certificate was verified.
+        denied: what is revoked.
+        now: seconds since the epoch; the clock's when None.
+        staleness: what silence about revocations means; the source's policy when None.
+
     Raises:
-        PeerRevoked, PeerExpired.
+        PeerRevoked, PeerExpired: the peer must go.
+        RevocationsStale: nobody can say.
     """
     if denied.denies(peer.serial, peer.issuer):
         raise PeerRevoked(f'the certificate of peer "{peer.id}" is revoked')
+    denied.check_fresh(staleness)
     if (time.time() if now is None else now) >= peer.expires_at:
         raise PeerExpired(f'the certificate of peer "{peer.id}" has expired')
 

@@ -18,15 +18,27 @@ from identity_client.credential import BundleSnapshot
 from identity_client.errors import SettingsInvalid
 from identity_client.naming import broker_id, parse_spiffe_id, parse_trust_domain, server_name
 from identity_client.node.settings import NodeSettings, parse_address
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
 
-__all__ = ["ENVIRONMENT", "SourceSettings", "settings_from_env"]
+__all__ = ["ENVIRONMENT", "STALENESS", "SourceSettings", "settings_from_env", "staleness_from_env"]
 
 _PREFIX = "IDENTITY_BROKER_"
 _REQUIRED = ("ADDRESS", "BOOTSTRAP_ADDRESS", "BUNDLE_FILE", "TRUST_DOMAIN")
-_OPTIONAL = ("JOIN_TOKEN", "JOIN_TOKEN_FILE", "CERT_FILE", "KEY_FILE", "SPIFFE_ID", "STATE_DIR")
+_OPTIONAL = (
+    "JOIN_TOKEN",
+    "JOIN_TOKEN_FILE",
+    "CERT_FILE",
+    "KEY_FILE",
+    "SPIFFE_ID",
+    "STATE_DIR",
+    "REVOCATION_STALENESS",
+)
 
 ENVIRONMENT = tuple(f"{_PREFIX}{name}" for name in (*_REQUIRED, *_OPTIONAL))
 """The variables that `from_env` reads."""
+
+STALENESS = f"{_PREFIX}REVOCATION_STALENESS"
+"""The variable that says what silence about revocations means, with any kind of source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +52,10 @@ class SourceSettings:
         bundle_file: PEM file with the trust domain's CA certificates, the anchor of all trust.
         attestor: how to prove what this machine is.
         spiffe_id: who to be; None for the first identity this machine is authorised for.
-        state_dir: keep the node's key and SVID here, so that a restart needs no new token.
+        state_dir: keep the node's key and SVID here, so that a restart needs no new token, and
+            what is revoked, so that it is refused before the broker was reached.
         rpc_timeout: seconds for one call to the broker.
+        staleness: what it means for peers when nothing is heard about revocations.
     """
 
     address: str
@@ -52,6 +66,7 @@ class SourceSettings:
     spiffe_id: SpiffeId | None = None
     state_dir: Path | None = None
     rpc_timeout: float = 10.0
+    staleness: StalenessPolicy = DEFAULT_STALENESS
     server_name: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +87,7 @@ class SourceSettings:
         bundle_file: str | Path,
         spiffe_id: str | SpiffeId | None = None,
         state_dir: str | Path | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> SourceSettings:
         """Settings from what people write.
 
@@ -86,6 +102,7 @@ class SourceSettings:
             attestor=attestor,
             spiffe_id=None if spiffe_id is None else parse_spiffe_id(spiffe_id),
             state_dir=None if state_dir is None else Path(state_dir),
+            staleness=staleness,
         )
 
     def node(self) -> NodeSettings:
@@ -143,6 +160,10 @@ def settings_from_env(env: Mapping[str, str]) -> SourceSettings:
             f"exactly one of {_PREFIX}JOIN_TOKEN, {_PREFIX}JOIN_TOKEN_FILE and "
             f"{_PREFIX}CERT_FILE is needed"
         )
+    try:
+        staleness_from_env(env)
+    except SettingsInvalid as exc:
+        problems.append(exc.message)
     if problems:
         raise SettingsInvalid("; ".join(problems), hint="see the SDK's README, section Environment")
     attestor: NodeAttestor
@@ -158,4 +179,18 @@ def settings_from_env(env: Mapping[str, str]) -> SourceSettings:
         bundle_file=found["BUNDLE_FILE"],
         spiffe_id=found["SPIFFE_ID"] or None,
         state_dir=found["STATE_DIR"] or None,
+        staleness=staleness_from_env(env),
     )
+
+
+def staleness_from_env(env: Mapping[str, str]) -> StalenessPolicy:
+    """The staleness policy of STALENESS, or the usual one.
+
+    Raises:
+        SettingsInvalid: it names none.
+    """
+    text = env.get(STALENESS, "")
+    try:
+        return StalenessPolicy.parse(text) if text else DEFAULT_STALENESS
+    except SettingsInvalid as exc:
+        raise SettingsInvalid(f"{STALENESS}: {exc.message}", hint=exc.hint) from exc

@@ -29,6 +29,7 @@ from identity_client.errors import SourceClosed
 from identity_client.holder import SourceStatus, Subscriber, Unsubscribe
 from identity_client.revocation import DenySet
 from identity_client.settings import SourceSettings
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
 from identity_client.workload_api.settings import WorkloadApiSettings
 
 __all__ = ["IdentitySource"]
@@ -51,9 +52,12 @@ class IdentitySource:
         *,
         spiffe_id: str | SpiffeId | None = None,
         hint: str | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> Self:
         """A source that asks a Workload API; see `aio.IdentitySource.from_workload_api`."""
-        return cls(WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint))
+        return cls(
+            WorkloadApiSettings.make(endpoint, spiffe_id=spiffe_id, hint=hint, staleness=staleness)
+        )
 
     @classmethod
     def from_join_token(
@@ -67,6 +71,7 @@ class IdentitySource:
         token_file: str | Path | None = None,
         spiffe_id: str | SpiffeId | None = None,
         state_dir: str | Path | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> Self:
         """A source that joins with a single-use token; see `aio.IdentitySource.from_join_token`."""
         return cls(
@@ -79,6 +84,7 @@ class IdentitySource:
                 token_file=token_file,
                 spiffe_id=spiffe_id,
                 state_dir=state_dir,
+                staleness=staleness,
             ).settings
         )
 
@@ -94,6 +100,7 @@ class IdentitySource:
         key_file: str | Path,
         spiffe_id: str | SpiffeId | None = None,
         state_dir: str | Path | None = None,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> Self:
         """A source that joins with a certificate; see `aio.IdentitySource.from_certificate`."""
         return cls(
@@ -106,6 +113,7 @@ class IdentitySource:
                 key_file=key_file,
                 spiffe_id=spiffe_id,
                 state_dir=state_dir,
+                staleness=staleness,
             ).settings
         )
 

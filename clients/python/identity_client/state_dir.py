@@ -15,13 +15,14 @@ import json
 import os
 import stat
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from identity_client.errors import SettingsInvalid
 
-__all__ = ["NodeState", "StateDir"]
+__all__ = ["NodeState", "StateDir", "read_private", "write_private"]
 
 _FILE = "node.json"
 _LOCK = "lock"
@@ -99,19 +100,7 @@ class StateDir:
         Raises:
             SettingsInvalid: the directory cannot be written.
         """
-        target = self._path / _FILE
-        draft = self._path / f".{_FILE}.{os.getpid()}"
-        try:
-            draft.unlink(missing_ok=True)
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                json.dump(_encode(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-            _sync_directory(self._path)
-        except OSError as exc:
-            raise _unusable(target, exc) from exc
+        write_private(self._path / _FILE, json.dumps(_encode(state)))
 
     def damaged(self) -> SettingsInvalid:
         """The error for a state file that cannot be read; says nothing of its content."""
@@ -128,6 +117,55 @@ class StateDir:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def read_private(path: Path, *, most: int) -> str | None:
+    """The text of a file that is ours alone; None where there is none. Blocks.
+
+    Args:
+        path: the file, ASCII.
+        most: octets it may have.
+
+    Raises:
+        SettingsInvalid: it is open to others, too large, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise _unusable(path, exc) from exc
+    with os.fdopen(descriptor, encoding="ascii") as file:
+        _refuse_if_open(path, "600")
+        try:
+            text = file.read(most + 1)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise _unusable(path, exc) from exc
+    if len(text) > most:
+        raise SettingsInvalid(f'the state "{path}" is too large', reason="STATE_UNUSABLE")
+    return text
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replaces a file of ours, 0600; durable when it returns. Blocks.
+
+    Raises:
+        SettingsInvalid: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.unlink(missing_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        _sync_directory(path.parent)
+    except OSError as exc:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise _unusable(path, exc) from exc
 
 
 _claims: weakref.WeakSet[StateDir] = weakref.WeakSet()

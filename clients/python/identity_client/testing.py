@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -34,6 +35,7 @@ from identity_client.jwt_check import verify_with
 from identity_client.keys import KeyPair
 from identity_client.naming import parse_spiffe_id, parse_trust_domain, server_name
 from identity_client.revocation import DenySet, RevokedCredential
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
 
 __all__ = ["FakeIdentitySource", "FakeTrustDomain"]
 
@@ -64,14 +66,18 @@ class FakeTrustDomain:
         )
 
     def source(
-        self, spiffe_id: str | SpiffeId, *, ttl: timedelta = timedelta(hours=1)
+        self,
+        spiffe_id: str | SpiffeId,
+        *,
+        ttl: timedelta = timedelta(hours=1),
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> FakeIdentitySource:
         """A source that is ready, as `spiffe_id`, with certificates that live for `ttl`.
 
         Raises:
             SettingsInvalid: not a SPIFFE ID.
         """
-        made = FakeIdentitySource(self, parse_spiffe_id(spiffe_id), ttl)
+        made = FakeIdentitySource(self, parse_spiffe_id(spiffe_id), ttl, staleness)
         self.sources.append(made)
         return made
 
@@ -142,12 +148,18 @@ class FakeTrustDomain:
 class FakeIdentitySource:
     """A source that is ready from the start; made by `FakeTrustDomain.source`."""
 
-    def __init__(self, domain: FakeTrustDomain, spiffe_id: SpiffeId, ttl: timedelta) -> None:
+    def __init__(
+        self,
+        domain: FakeTrustDomain,
+        spiffe_id: SpiffeId,
+        ttl: timedelta,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
+    ) -> None:
         self.spiffe_id = spiffe_id
         self._domain = domain
         self._ttl = ttl
-        self._holder = IdentityHolder()
-        self._holder.denied.synced = True
+        self._holder = IdentityHolder(staleness)
+        self.hear_again()
         self.rotate()
 
     def __repr__(self) -> str:
@@ -164,6 +176,18 @@ class FakeIdentitySource:
     def learn_revocation(self, revoked: RevokedCredential) -> None:
         """What a real source hears from the broker's stream."""
         self._holder.revoke([revoked], now=utc_now())
+
+    def hear_nothing(self, seconds: float) -> None:
+        """As when nothing has been heard about revocations for so long, and nothing will be."""
+        denied = self._holder.denied
+        denied.feed_synced = False
+        denied.hear(now=utc_now() - timedelta(seconds=seconds), ago=seconds)
+
+    def hear_again(self) -> None:
+        """As when the feed of revocations is back."""
+        denied = self._holder.denied
+        denied.feed_synced = True
+        denied.hear(now=utc_now(), ago=-math.inf)
 
     def withdraw(self) -> None:
         """As when its entry goes away: nothing is handed out until the next `rotate`."""

@@ -20,8 +20,10 @@
 - Names: SPIFFE IDs are checked and host names are not (X509-SVID section 5). For libraries that
   compare host names on their own, say so: urllib3 `assert_hostname=False`.
 - The peer is checked when the handshake ends, before a byte is read or written, also when the
-  handshake is left to the first read; and again at every read and write, so that a revoked or
-  expired peer is cut off on an open connection.
+  handshake is left to the first read; and again at every read and write.
+- The connections of a peer that is revoked are ended at once, also one that waits for its peer:
+  sockets (and with them keep-alive connections of HTTP servers, clients and pools) and asyncio's
+  transports; `identity_client.open_connections` says how.
 - The private key reaches OpenSSL through a memory file that only this process can open.
 """
 
@@ -40,9 +42,11 @@ from spiffe import SpiffeId
 
 from identity_client.authorization import Authorize, PeerRule, check_allowed, peer_rule
 from identity_client.credential import IdentitySnapshot
-from identity_client.errors import PeerExpired, PeerRejected, PeerRevoked, SourceError
+from identity_client.errors import PeerRejected, SourceError
+from identity_client.open_connections import OpenConnections
 from identity_client.peer import Peer, check_current, peer_from_der
 from identity_client.revocation import DenySet
+from identity_client.staleness import StalenessPolicy
 
 __all__ = [
     "PeerRefusedInHandshake",
@@ -75,30 +79,40 @@ class _NoIdentityForHandshake(SourceError, ssl.SSLError):
     """We have no identity to show; an `ssl.SSLError` too, so that a server's accept survives it."""
 
 
-def client_ssl_context(source: SnapshotSource, *, authorize: Authorize) -> ssl.SSLContext:
+def client_ssl_context(
+    source: SnapshotSource, *, authorize: Authorize, staleness: StalenessPolicy | None = None
+) -> ssl.SSLContext:
     """A context for clients: shows our X.509-SVID, accepts servers that `authorize` names.
 
     Args:
         source: whose identity to show and whose bundle to trust.
         authorize: the servers' SPIFFE IDs, or a rule; host names play no part.
+        staleness: what silence about revocations means here; None for the source's policy.
 
     Raises:
         SettingsInvalid: a SPIFFE ID in `authorize` is not one.
     """
-    return RotatingContext.around(source, peer_rule(authorize), server_side=False)
+    return RotatingContext.around(
+        source, peer_rule(authorize), server_side=False, staleness=staleness
+    )
 
 
-def server_ssl_context(source: SnapshotSource, *, authorize: Authorize) -> ssl.SSLContext:
+def server_ssl_context(
+    source: SnapshotSource, *, authorize: Authorize, staleness: StalenessPolicy | None = None
+) -> ssl.SSLContext:
     """A context for servers: shows our X.509-SVID, accepts clients that `authorize` names.
 
     Args:
         source: whose identity to show and whose bundle to trust.
         authorize: the clients' SPIFFE IDs, or a rule. Every client needs an X.509-SVID.
+        staleness: what silence about revocations means here; None for the source's policy.
 
     Raises:
         SettingsInvalid: a SPIFFE ID in `authorize` is not one.
     """
-    return RotatingContext.around(source, peer_rule(authorize), server_side=True)
+    return RotatingContext.around(
+        source, peer_rule(authorize), server_side=True, staleness=staleness
+    )
 
 
 def peer_spiffe_id(connection: ssl.SSLSocket | ssl.SSLObject) -> SpiffeId:
@@ -120,7 +134,7 @@ def verify_peer(
     The contexts from here do this by themselves; it is for stricter rules on single requests.
 
     Raises:
-        PeerRejected: PEER_REJECTED, PEER_REVOKED or PEER_EXPIRED.
+        PeerRejected: PEER_REJECTED, PEER_REVOKED, PEER_EXPIRED or REVOCATIONS_STALE.
         SourceError: we have no identity ourselves any more.
     """
     peer = _peer_of(connection)
@@ -138,15 +152,26 @@ class RotatingContext(ssl.SSLContext):
     alpn: list[str] | None
     _generation: _Generation | None
     _building: threading.Lock
+    _staleness: StalenessPolicy | None
+    _open: OpenConnections
 
     @classmethod
-    def around(cls, source: SnapshotSource, rule: PeerRule, *, server_side: bool) -> Self:
+    def around(
+        cls,
+        source: SnapshotSource,
+        rule: PeerRule,
+        *,
+        server_side: bool,
+        staleness: StalenessPolicy | None = None,
+    ) -> Self:
         """A context for connections with `source`'s identity to peers that `rule` accepts."""
         protocol = ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT
         context = cls(protocol)
         context._source, context._rule, context.server_side = source, rule, server_side
         context.alpn, context._generation = None, None
         context._building = threading.Lock()
+        context._staleness, context._open = staleness, OpenConnections()
+        source.denied.watch(context)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         return context
@@ -206,9 +231,28 @@ class RotatingContext(ssl.SSLContext):
             PeerRefusedInHandshake.
         """
         try:
-            check_current(peer, self._source.denied)
-        except (PeerRevoked, PeerExpired) as refusal:
+            check_current(peer, self._source.denied, staleness=self._staleness)
+        except PeerRejected as refusal:
             raise PeerRefusedInHandshake.because(refusal) from refusal
+
+    def admit_socket(self, connection: ssl.SSLSocket) -> Peer:
+        """As `check`; from now on the connection ends with its peer's revocation."""
+        peer = self.check(connection)
+        self._open.add_socket(connection, peer)
+        self.recheck(peer)  # It may have been revoked before the connection was known.
+        return peer
+
+    def admit_object(self, connection: ssl.SSLObject) -> Peer:
+        """As `admit_socket`."""
+        peer = self.check(connection)
+        self._open.add_object(connection, peer)
+        self.recheck(peer)
+        return peer
+
+    def peers_denied(self) -> None:
+        """Ends the connections of whoever is revoked."""
+        denied = self._source.denied
+        self._open.close_those(lambda peer: denied.denies(peer.serial, peer.issuer))
 
     def _newest(self) -> _Generation:
         try:
@@ -264,7 +308,7 @@ class _CheckedSocket(ssl.SSLSocket):
 
     def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002
         super().do_handshake(block)
-        self._checked_peer = self._rotating.check(self)
+        self._checked_peer = self._rotating.admit_socket(self)
 
     def accept(self) -> tuple[ssl.SSLSocket, Any]:
         # A listening socket lives longer than the generation it was wrapped with.
@@ -283,19 +327,31 @@ class _CheckedSocket(ssl.SSLSocket):
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
         self._ensure_checked()
-        received = super().read(len, buffer)
+        try:
+            received = super().read(len, buffer)
+        except OSError:
+            self._recheck()  # It may have been shut down because its peer is revoked.
+            raise
         self._recheck()
         return received
 
     def write(self, data: Any) -> int:
         self._ensure_checked()
         self._recheck()
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError:
+            self._recheck()
+            raise
 
     def send(self, data: Any, flags: int = 0) -> int:
         self._ensure_checked()
         self._recheck()
-        return super().send(data, flags)
+        try:
+            return super().send(data, flags)
+        except OSError:
+            self._recheck()
+            raise
 
     def _ensure_checked(self) -> None:
         if self._checked_peer is None and self._sslobj is not None:  # type: ignore[attr-defined]
@@ -317,7 +373,7 @@ class _CheckedObject(ssl.SSLObject):
 
     def do_handshake(self) -> None:
         super().do_handshake()
-        self._checked_peer = self._rotating.check(self)
+        self._checked_peer = self._rotating.admit_object(self)
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
         peer = self._checked()

@@ -12,17 +12,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from spiffe import JwtBundle, SpiffeId, TrustDomain
 
-from identity_api.broker.v1 import credential_pb2, types_pb2
+from identity_api.broker.v1 import types_pb2
 from identity_client.credential import BundleSnapshot
 from identity_client.errors import ProtocolViolation, SettingsInvalid
 from identity_client.naming import parse_spiffe_id
-from identity_client.revocation import RevokedCredential
 
 __all__ = [
     "AuthorizedEntry",
     "bundle_from_wire",
     "entries_from_wire",
-    "revocations_from_wire",
     "time_from_wire",
 ]
 
@@ -74,20 +72,6 @@ def entries_from_wire(
         return tuple(AuthorizedEntry(m.id, parse_spiffe_id(m.spiffe_id), m.hint) for m in usable)
     except SettingsInvalid as exc:
         raise ProtocolViolation("the broker sent an entry without a SPIFFE ID") from exc
-
-
-def revocations_from_wire(
-    messages: Iterable[credential_pb2.Revocation],
-) -> tuple[RevokedCredential, ...]:
-    """Revocations, X.509 and JWT alike: their ids never meet.
-
-    Raises:
-        ProtocolViolation.
-    """
-    return tuple(
-        RevokedCredential(id=m.id, spiffe_id=m.spiffe_id, expires_at=time_from_wire(m.expires_at))
-        for m in messages
-    )
 
 
 def time_from_wire(seconds: int) -> datetime:

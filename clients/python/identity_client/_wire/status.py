@@ -36,6 +36,7 @@ _BY_REASON: dict[str, type[errors.IdentityError]] = {
     "PEER_REJECTED": errors.PeerRejected,
     "PEER_REVOKED": errors.PeerRevoked,
     "PEER_EXPIRED": errors.PeerExpired,
+    "REVOCATIONS_STALE": errors.RevocationsStale,
 }
 
 _BY_CODE: dict[grpc.StatusCode, type[errors.IdentityError]] = {
@@ -91,6 +92,7 @@ _WORKLOAD_API_FAILED = errors.BrokerFailed("the Workload API failed")
 _CODE_OF: dict[type[errors.IdentityError], grpc.StatusCode] = {
     errors.PeerRevoked: grpc.StatusCode.UNAUTHENTICATED,
     errors.PeerExpired: grpc.StatusCode.UNAUTHENTICATED,
+    errors.RevocationsStale: grpc.StatusCode.UNAVAILABLE,
     errors.PeerRejected: grpc.StatusCode.PERMISSION_DENIED,
 }
 

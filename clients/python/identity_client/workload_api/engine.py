@@ -7,6 +7,8 @@
   (section 5.2.1). An agent that is merely away takes nothing from us before it expires.
 - InvalidArgument and Unimplemented are never tried again; everything else is, with a backoff
   (SPIFFE Workload Endpoint, section 6).
+- Revocations come in two ways: as lists with the X.509-SVIDs, from any Workload API, and by our own
+  agent's feed, where there is one.
 - Renewal is the agent's work: there is no timer here.
 """
 
@@ -53,6 +55,7 @@ from identity_client.holder import IdentityHolder
 from identity_client.jwt_cache import CachedToken, JwtKey
 from identity_client.jwt_fetch import JwtFetcher
 from identity_client.renewal import retry_delay
+from identity_client.revocation_feed import RevocationFollower
 from identity_client.workload_api.link import WorkloadApiLink
 from identity_client.workload_api.revocation_lists import ListReader
 from identity_client.workload_api.settings import WorkloadApiSettings
@@ -66,6 +69,8 @@ _INSIST_SECONDS = 1.0
 _RETRY_CAP = timedelta(seconds=2)
 # A first identity waits so long for the JWT bundles that come beside it.
 _JWT_PATIENCE_SECONDS = 1.0
+# And so long for the revocations.
+_FEED_PATIENCE_SECONDS = 1.0
 # More than this is read in a thread.
 _LARGE_LISTS = 64 * 1024
 _T = TypeVar("_T")
@@ -95,6 +100,11 @@ class WorkloadApiEngine:
         self._jwt_known = asyncio.Event()
         self._jwt_hurry = asyncio.Event()
         self._bundle: BundleSnapshot | None = None
+        self._follower = RevocationFollower(holder, on_own=self._tell_soon)
+        self._feed_hurry = asyncio.Event()
+        self._feed_refused = False
+        self._x509_lost = False
+        self._telling: set[asyncio.Task[None]] = set()
         self._tokens = JwtFetcher(holder, self._fetch_token)
         self._tasks: list[asyncio.Task[None]] = []
         self.changed = asyncio.Condition()
@@ -104,7 +114,7 @@ class WorkloadApiEngine:
     async def start(self) -> None:
         """Starts following; returns at once."""
         self._link = WorkloadApiLink(self._settings)
-        for loop in (self._keep_x509, self._keep_jwt):
+        for loop in (self._keep_x509, self._keep_jwt, self._keep_revocations):
             task = asyncio.create_task(loop(self._link), name=f"identity-{loop.__name__}")
             task.add_done_callback(_report_bug)
             self._tasks.append(task)
@@ -168,7 +178,8 @@ class WorkloadApiEngine:
             await self._tell()
 
         async def lost(error: IdentityError) -> None:
-            self._holder.denied.synced = False
+            self._holder.denied.lose_lists()
+            self._x509_lost = True
             if isinstance(error, NotPermitted):
                 self._holder.withdraw(error)
             self._note_failure(error)
@@ -197,12 +208,42 @@ class WorkloadApiEngine:
 
         await self._follow(link.jwt_bundles, take, lost, self._jwt_hurry)
 
+    async def _keep_revocations(self, link: WorkloadApiLink) -> None:
+        async def take(_: None) -> None:
+            return
+
+        async def lost(error: IdentityError) -> None:
+            self._holder.denied.note_silence()
+            self._feed_refused = isinstance(error, NotPermitted)
+            if not self._feed_refused:
+                self._follower.give_up()
+            _logger.info("following the revocations stopped: %s", error)
+
+        while True:
+            await self._follow(
+                lambda: self._follower.stream(link.revocation_feed()),
+                take,
+                lost,
+                self._feed_hurry,
+                spread=lambda: self._follower.spread,
+            )
+            # This endpoint has no feed, and lists are all there is. Another endpoint may answer
+            # there after a reconnection.
+            await self._feed_hurry.wait()
+            self._feed_hurry.clear()
+
+    def _tell_soon(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._tell())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
     async def _follow(
         self,
         messages: Callable[[], AsyncIterator[_T]],
         take: Callable[[_T], Awaitable[None]],
         lost: Callable[[IdentityError], Awaitable[None]],
         hurry: asyncio.Event | None = None,
+        spread: Callable[[], timedelta] | None = None,
     ) -> None:
         hurry = hurry or asyncio.Event()
         failures = 0
@@ -215,7 +256,8 @@ class WorkloadApiEngine:
                 failures += 1
                 await lost(error)
                 if isinstance(error, RequestRejected):
-                    _logger.error("the Workload API will not be asked again: %s", error)  # noqa: TRY400 - the answer, not a fault of ours
+                    if spread is None:  # the feed of revocations is ours alone
+                        _logger.error("the Workload API will not be asked again: %s", error)  # noqa: TRY400 - the answer, not a fault of ours
                     return
                 delay = retry_delay(
                     failures,
@@ -223,6 +265,8 @@ class WorkloadApiEngine:
                     retry_after=error.retry_after,
                     cap=_RETRY_CAP,
                 )
+                if spread is not None:
+                    delay = max(delay, spread() * self._dice())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(delay.total_seconds()):
                         await hurry.wait()
@@ -237,6 +281,10 @@ class WorkloadApiEngine:
         x509 = {**state.federated, own: authorities_from_der(chosen.bundle)}
         # Nothing is kept before everything is known to be usable.
         material = self._checked(chosen, x509[own])
+        if self._x509_lost or self._feed_refused:
+            self._x509_lost = self._feed_refused = False
+            self._follower.expect()
+            self._feed_hurry.set()
         if not self._jwt_known.is_set():
             # Both were refused until now; whoever has an identity is told the JWT bundles too.
             self._jwt_hurry.set()
@@ -251,6 +299,9 @@ class WorkloadApiEngine:
         if not renewed:
             self._holder.publish_bundle(bundle, federated)
             return
+        if not self._holder.status().ready:
+            # Who may be accepted is known before there is an identity to accept anybody with.
+            await self._follower.settled(_FEED_PATIENCE_SECONDS)
         snapshot = self._holder.publish(material, bundle, federated)
         _logger.info(
             "identity received: %s, serial %s, expires %s",
@@ -299,7 +350,6 @@ class WorkloadApiEngine:
         else:
             lists = self._lists.read(state.crls)
         self._holder.take_lists(lists, state.crls)
-        self._holder.denied.synced = bool(state.crls)
 
     async def _jwt_changed(self) -> None:
         current = self._holder.peek()

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from identity_api.broker.v1 import revocation_feed_pb2_grpc
+from identity_client._wire.revocation_feed import FeedCall
 from identity_client._wire.status import error_from_workload_api
 from identity_client._wire.workload import (
     SECURITY_METADATA,
@@ -59,6 +61,7 @@ class WorkloadApiLink:
         self._settings = settings
         self._channel = grpc.aio.insecure_channel(settings.endpoint.target, options=_OPTIONS)
         self._stub = WorkloadApiStub(self._channel)
+        self._feed: Any = revocation_feed_pb2_grpc.RevocationFeedStub(self._channel).Follow
 
     async def x509_svids(self) -> AsyncIterator[X509SVIDResponse]:
         """X.509-SVIDs now and whenever they change; ends by raising.
@@ -79,6 +82,14 @@ class WorkloadApiLink:
         call = self._stub.FetchJWTBundles(JWTBundlesRequest(), metadata=SECURITY_METADATA)
         async for message in _messages(call):
             yield message
+
+    def revocation_feed(self) -> FeedCall:
+        """Opens our agent's feed of revocations; nothing is sent yet.
+
+        It is not part of the Workload API: other endpoints answer Unimplemented.
+        """
+        call = self._feed(metadata=SECURITY_METADATA)
+        return FeedCall(call, self._settings.rpc_timeout, error_from_workload_api)
 
     async def jwt_svid(self, spiffe_id: str, audiences: Sequence[str]) -> CachedToken:
         """A JWT-SVID of `spiffe_id` for `audiences`.

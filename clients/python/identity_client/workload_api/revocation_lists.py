@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -87,8 +88,9 @@ def _parse(der: bytes) -> tuple[x509.CertificateRevocationList, RevocationList] 
         if any(one.critical and not _is_understood(one.value) for one in crl.extensions):
             _logger.warning("a revocation list of a kind that is not understood is ignored")
             return None
-        serials = frozenset(serial_text(revoked.serial_number) for revoked in crl)
-        return crl, RevocationList(Issuer.of(crl), serials)
+        serials = (serial_text(revoked.serial_number) for revoked in crl)
+        until = crl.next_update_utc.timestamp() if crl.next_update_utc else math.inf
+        return crl, RevocationList.of(Issuer.of(crl), serials, until)
     except _UNREADABLE as exc:
         _logger.warning("a revocation list cannot be read and is ignored: %s", exc)
         return None

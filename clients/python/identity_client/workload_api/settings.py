@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from spiffe import SpiffeId
 
 from identity_client.naming import parse_spiffe_id
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
 from identity_client.workload_api.endpoint import Endpoint
 
 __all__ = ["WorkloadApiSettings"]
@@ -24,12 +25,14 @@ class WorkloadApiSettings:
         hint: the identity's hint as its operator wrote it (Workload API, section 5.2.1); None for
             any.
         rpc_timeout: seconds for one call that is no stream.
+        staleness: what it means for peers when nothing is heard about revocations.
     """
 
     endpoint: Endpoint
     spiffe_id: SpiffeId | None = None
     hint: str | None = None
     rpc_timeout: float = 10.0
+    staleness: StalenessPolicy = DEFAULT_STALENESS
 
     @classmethod
     def make(
@@ -39,6 +42,7 @@ class WorkloadApiSettings:
         spiffe_id: str | SpiffeId | None = None,
         hint: str | None = None,
         env: Mapping[str, str] = os.environ,
+        staleness: StalenessPolicy = DEFAULT_STALENESS,
     ) -> WorkloadApiSettings:
         """Settings from what people write; the endpoint from `env` when it is not given.
 
@@ -49,4 +53,5 @@ class WorkloadApiSettings:
             endpoint=Endpoint.named(endpoint, env),
             spiffe_id=None if spiffe_id is None else parse_spiffe_id(spiffe_id),
             hint=hint,
+            staleness=staleness,
         )

@@ -19,7 +19,15 @@ from identity_client._wire.status import refusal_status
 from identity_client.authorization import Authorize, PeerRule, check_allowed, peer_rule
 from identity_client.credential import IdentitySnapshot
 from identity_client.errors import IdentityError, PeerRejected, SourceError
+from identity_client.integrations.grpc.running_calls import (
+    Ending,
+    RunningCalls,
+    aio_ending,
+    aio_thread_ending,
+    sync_ending,
+)
 from identity_client.peer import Peer, check_current, peer_from_pem
+from identity_client.staleness import StalenessPolicy
 from identity_client.tls import SnapshotSource
 
 __all__ = ["authorize_peers", "authorize_peers_aio", "peer_spiffe_id", "server_credentials"]
@@ -72,36 +80,46 @@ def peer_spiffe_id(context: Any) -> SpiffeId:
     return _peer(context).spiffe_id
 
 
-def authorize_peers(source: SnapshotSource, authorize: Authorize) -> grpc.ServerInterceptor:
+def authorize_peers(
+    source: SnapshotSource, authorize: Authorize, *, staleness: StalenessPolicy | None = None
+) -> grpc.ServerInterceptor:
     """Refuses every call whose peer `authorize` does not name, that has expired or is revoked.
 
-    Refusals carry google.rpc.ErrorInfo: PEER_REJECTED (PERMISSION_DENIED), PEER_REVOKED and
-    PEER_EXPIRED (UNAUTHENTICATED); IDENTITY_REVOKED and IDENTITY_EXPIRED (UNAVAILABLE) when this
-    server itself has no identity any more.
+    The calls of a peer that is revoked while they run are ended, streams where nobody says
+    anything included. Refusals carry google.rpc.ErrorInfo: PEER_REJECTED (PERMISSION_DENIED),
+    PEER_REVOKED and PEER_EXPIRED (UNAUTHENTICATED); REVOCATIONS_STALE, and IDENTITY_REVOKED and
+    IDENTITY_EXPIRED when this server itself has no identity any more (UNAVAILABLE).
 
     Args:
         source: whose revocations to follow.
         authorize: SPIFFE IDs, or a rule (see `identity_client.authorization`).
+        staleness: what silence about revocations means here; None for the source's policy.
 
     Raises:
         SettingsInvalid: a SPIFFE ID in `authorize` is not one.
     """
-    return _Interceptor(_Gate(source, peer_rule(authorize)))
+    return _Interceptor(_Gate(source, peer_rule(authorize), staleness))
 
 
-def authorize_peers_aio(source: SnapshotSource, authorize: Authorize) -> grpc.aio.ServerInterceptor:
+def authorize_peers_aio(
+    source: SnapshotSource, authorize: Authorize, *, staleness: StalenessPolicy | None = None
+) -> grpc.aio.ServerInterceptor:
     """The same for `grpc.aio.server`."""
-    return _AioInterceptor(_Gate(source, peer_rule(authorize)))
+    return _AioInterceptor(_Gate(source, peer_rule(authorize), staleness))
 
 
 class _Gate:
     """Decides on one call."""
 
-    __slots__ = ("_rule", "_source")
+    __slots__ = ("__weakref__", "_rule", "_running", "_source", "_staleness")
 
-    def __init__(self, source: SnapshotSource, rule: PeerRule) -> None:
+    def __init__(
+        self, source: SnapshotSource, rule: PeerRule, staleness: StalenessPolicy | None
+    ) -> None:
         self._source = source
         self._rule = rule
+        self._staleness = staleness
+        self._running = RunningCalls(source, self._check_current)
 
     def check(self, context: Any) -> Peer:
         """The peer of a call that may go on.
@@ -111,13 +129,28 @@ class _Gate:
         """
         peer = _peer(context)
         check_allowed(peer, self._rule, bundle=self._source.snapshot().bundle)
-        check_current(peer, self._source.denied)
+        self._check_current(peer)
         return peer
 
     def recheck(self, peer: Peer) -> None:
         """What may change while a stream is open."""
         self._source.snapshot()
-        check_current(peer, self._source.denied)
+        self._check_current(peer)
+
+    def begin(self, peer: Peer, ending: Ending) -> int:
+        """The call runs, until `end`; `ending` is called when its peer is revoked meanwhile.
+
+        Raises:
+            PeerRejected: it has been revoked in between.
+        """
+        return self._running.begin(peer, ending)
+
+    def end(self, number: int) -> None:
+        """The call has ended."""
+        self._running.end(number)
+
+    def _check_current(self, peer: Peer) -> None:
+        check_current(peer, self._source.denied, staleness=self._staleness)
 
 
 def _peer(context: Any) -> Peer:
@@ -159,30 +192,39 @@ class _Interceptor(grpc.ServerInterceptor):
         return _rebuild(handler, _guard(self._gate, handler))
 
 
-def _guard(gate: _Gate, handler: Any) -> Callable[[Any], Any]:
+def _guard(
+    gate: _Gate, handler: Any, ending: Callable[[Any], Ending] = sync_ending
+) -> Callable[[Any], Any]:
     """Wraps a handler that runs in a thread."""
 
     def guard(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def unary(request: Any, context: Any) -> Any:
-            peer = _admit(gate, context)
-            if handler.request_streaming:
-                request = _checked(gate, peer, request, context)
-            return behavior(request, context)
+            peer, number = _admit(gate, context, ending)
+            try:
+                if handler.request_streaming:
+                    request = _checked(gate, peer, request, context)
+                return behavior(request, context)
+            finally:
+                gate.end(number)
 
         def stream(request: Any, context: Any) -> Iterator[Any]:
-            peer = _admit(gate, context)
-            if handler.request_streaming:
-                request = _checked(gate, peer, request, context)
-            yield from _checked(gate, peer, behavior(request, context), context)
+            peer, number = _admit(gate, context, ending)
+            try:
+                if handler.request_streaming:
+                    request = _checked(gate, peer, request, context)
+                yield from _checked(gate, peer, behavior(request, context), context)
+            finally:
+                gate.end(number)
 
         return stream if handler.response_streaming else unary
 
     return guard
 
 
-def _admit(gate: _Gate, context: Any) -> Peer:
+def _admit(gate: _Gate, context: Any, ending: Callable[[Any], Ending]) -> tuple[Peer, int]:
     try:
-        return gate.check(context)
+        peer = gate.check(context)
+        return peer, gate.begin(peer, ending(context))
     except IdentityError as error:
         _abort(context, error)
         raise
@@ -219,21 +261,27 @@ class _AioInterceptor(grpc.aio.ServerInterceptor):
 
 def _guard_aio(gate: _Gate, handler: Any) -> Callable[[Any], Any]:
     """Wraps a handler that runs on the event loop."""
-    in_thread = _guard(gate, handler)
+    in_thread = _guard(gate, handler, aio_thread_ending)
 
     def guard(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         async def awaited(request: Any, context: Any) -> Any:
-            peer = await _admit_aio(gate, context)
-            if handler.request_streaming:
-                request = _checked_aio(gate, peer, request, context)
-            return await behavior(request, context)
+            peer, number = await _admit_aio(gate, context)
+            try:
+                if handler.request_streaming:
+                    request = _checked_aio(gate, peer, request, context)
+                return await behavior(request, context)
+            finally:
+                gate.end(number)
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            peer = await _admit_aio(gate, context)
-            if handler.request_streaming:
-                request = _checked_aio(gate, peer, request, context)
-            async for message in _checked_aio(gate, peer, behavior(request, context), context):
-                yield message
+            peer, number = await _admit_aio(gate, context)
+            try:
+                if handler.request_streaming:
+                    request = _checked_aio(gate, peer, request, context)
+                async for message in _checked_aio(gate, peer, behavior(request, context), context):
+                    yield message
+            finally:
+                gate.end(number)
 
         # As grpc.aio itself tells them apart: what is neither runs in its thread pool.
         if inspect.isasyncgenfunction(behavior):
@@ -243,9 +291,10 @@ def _guard_aio(gate: _Gate, handler: Any) -> Callable[[Any], Any]:
     return guard
 
 
-async def _admit_aio(gate: _Gate, context: Any) -> Peer:
+async def _admit_aio(gate: _Gate, context: Any) -> tuple[Peer, int]:
     try:
-        return gate.check(context)
+        peer = gate.check(context)
+        return peer, gate.begin(peer, aio_ending(context))
     except IdentityError as error:
         await _abort_aio(context, error)
         raise
