@@ -97,14 +97,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     trust_domain = settings.server.trust_domain
     metrics = Metrics()
 
-    def committed(rows: int, seconds: float) -> None:
-        metrics.ledger_commit_rows.observe(rows)
-        metrics.ledger_commit_seconds.observe(seconds)
-
-    store = Store(settings.database_url, clock=clock, on_commit=committed)
-    resources.push_async_callback(store.close)
-    await store.migrate()
-
+    store = await _opened_store(settings, clock, metrics, resources)
     points = _distribution_points(settings.revocation)
     backends = build_backends(settings, resources.enter_context(ExitStack()))
     signing = Signing(
@@ -282,6 +275,19 @@ def _list_pace(roster: Roster, octets: int) -> timedelta:
     """The least time between two tellings of lists of so many bytes."""
     network = timedelta(seconds=len(roster) * octets / _LIST_OCTETS_A_SECOND)
     return max(GATHER, len(roster) * _LIST_PACE_OF_EACH, network)
+
+
+async def _opened_store(
+    settings: Settings, clock: Clock, metrics: Metrics, resources: AsyncExitStack
+) -> Store:
+    def committed(rows: int, seconds: float) -> None:
+        metrics.ledger_commit_rows.observe(rows)
+        metrics.ledger_commit_seconds.observe(seconds)
+
+    store = Store(settings.database_url, clock=clock, on_commit=committed)
+    resources.push_async_callback(store.close)
+    await store.migrate()
+    return store
 
 
 def _verifiers(
