@@ -16,6 +16,7 @@ from identity_broker.domain.node import Node
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AuthorizationError, InvariantViolated
 from identity_broker.lifecycle.authorize import Authorize, TtlPolicy
+from identity_broker.lifecycle.denials import Denials
 from identity_broker.lifecycle.directory import Directory
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
@@ -56,6 +57,7 @@ def entries(draw: st.DrawFn) -> list[RegistrationEntry]:
                 parent_id=BROKER if group else draw(st.sampled_from([*NODES, *GROUPS])),
                 selectors=frozenset(draw(st.sets(st.sampled_from(FACTS), min_size=1))),
                 disabled=draw(st.booleans()),
+                held_by=draw(st.sampled_from(["", "", "freeze"])),
                 expires_at=draw(
                     st.sampled_from([None, NOW - timedelta(1), NOW, NOW + timedelta(1)])
                 ),
@@ -87,7 +89,7 @@ def nodes(draw: st.DrawFn) -> list[Node]:
 def _build(found: list[RegistrationEntry], known: list[Node]) -> tuple[Directory, Authorize]:
     # The directory is filled by hand: no store is ever asked.
     directory = Directory(cast("Any", None), DOMAIN, FixedClock())
-    directory.fill(1, found, known, [])
+    directory.fill(1, found, known, Denials())
     return directory, Authorize(directory, DOMAIN, POLICY, FixedClock())
 
 

@@ -1,4 +1,7 @@
-"""Whatever happens, and however often a node breaks off: it has exactly what it may ask for."""
+"""Whatever happens, and however often a node breaks off: it has exactly what it may ask for.
+
+And it denies exactly what is to be denied.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from identity_broker.domain import names
+from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.node import Node
+from identity_broker.domain.revocation import IdentityEpoch, RevocationSubject, SubjectKind
+from identity_broker.domain.selection import Selection
 from identity_broker.domain.selector import Selector
 from identity_broker.errors import AuthorizationError, BrokerError
 from identity_broker.lifecycle.authorize import Authorize
@@ -27,7 +33,7 @@ from identity_broker.lifecycle.sync import NodeSync, entry_digest
 from identity_broker.store import Repositories, Store
 from identity_ca.bundle import TrustBundle
 from identity_ca.spiffe_id import SpiffeId
-from support.store import SettableClock, sqlite_url
+from support.store import SettableClock, hold, intent, of, sqlite_url
 from support.verbs import DOMAIN, TTL
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -43,6 +49,18 @@ _expiry = st.sampled_from([None, None, NOW + MINUTE, NOW + 3 * MINUTE])
 _disabled = st.sampled_from([False, False, True])
 _facts = st.frozensets(st.sampled_from(FACTS), min_size=1)
 _node = st.sampled_from(NODES)
+_holds = st.sampled_from(["h0", "h1", "h2"])
+_held = st.sampled_from(
+    [
+        *(of(SubjectKind.ENTRY, f"e{at}") for at in range(3)),
+        of(SubjectKind.SPIFFE_ID, f"{DOMAIN.id}/workload/e0"),
+        of(SubjectKind.SPIFFE_ID, GROUPS[0]),
+        of(SubjectKind.SELECT, f"spiffe-id={DOMAIN.id}/workload/*"),
+        of(SubjectKind.NODE, NODES[0]),
+    ]
+)
+SERIALS = [f"{at:040x}" for at in range(4)]
+_serial = st.sampled_from(SERIALS)
 # How often a step is taken, and with what.
 _STEPS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
     "workload": (8, (_ids, st.sampled_from([*NODES, *GROUPS, *GROUPS]), _disabled, _expiry)),
@@ -54,6 +72,11 @@ _STEPS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
     "leave": (2, (_node,)),
     "look": (2, ()),
     "move_clock": (3, (st.sampled_from([-2, 1, 1, 2]),)),
+    "hold": (4, (_holds, _held)),
+    "lift": (3, (_holds,)),
+    "revoke": (4, (_serial,)),
+    "release": (3, (_serial,)),
+    "raise_epoch": (1, (_serial,)),
     "ban": (1, (_node,)),
     "evict": (1, (_node,)),
     "forget": (1, (_node,)),
@@ -73,6 +96,8 @@ class Follower:
     stream: NodeStream | None = None
     revision: int = 0
     entries: dict[str, RegistrationEntry] = field(default_factory=dict)
+    denied: set[str] = field(default_factory=set)
+    epochs: dict[SpiffeId, datetime] = field(default_factory=dict)
 
     @property
     def digest(self) -> int:
@@ -82,11 +107,17 @@ class Follower:
         return digest
 
     def apply(self, news: News) -> None:
+        revoked = {item.id for item in news.revocations}
         if news.full:
             self.entries.clear()
+            self.denied.clear()
+            self.epochs.clear()
         else:
             assert news.previous == self.revision, "a gap"
             assert not {item.id for item in news.changed} & set(news.removed_ids)
+            assert not revoked & set(news.released_ids)
+        self.denied = (self.denied - set(news.released_ids)) | revoked
+        self.epochs.update((epoch.spiffe_id, epoch.not_before) for epoch in news.epochs)
         self.entries.update((entry.id, entry) for entry in news.changed)
         for entry_id in news.removed_ids:
             self.entries.pop(entry_id, None)
@@ -186,6 +217,32 @@ class World:
             lambda repos: repos.nodes.upsert(replace(repos.nodes.get(node_id), banned=True))
         )
 
+    async def hold(self, name: str, on: RevocationSubject) -> None:
+        await self._write(lambda repos: repos.holds.place(hold(name, on, created_at=NOW)))
+
+    async def lift(self, name: str) -> None:
+        await self._write(lambda repos: repos.holds.lift(name, NOW, "uid:0"))
+
+    async def revoke(self, serial: str) -> None:
+        """Revoke it for certificateHold: that can be taken back."""
+        await self._write(
+            lambda repos: repos.credentials.revoke(
+                Selection(serial=serial),
+                order_id=f"rev-{serial[-2:]}",
+                reason=RevocationReason.CERTIFICATE_HOLD,
+                comment="",
+                now=NOW,
+            )
+        )
+
+    async def release(self, serial: str) -> None:
+        await self._write(lambda repos: repos.credentials.release(f"rev-{serial[-2:]}", NOW, 100))
+
+    async def raise_epoch(self, serial: str) -> None:
+        identity = SpiffeId.from_segments(DOMAIN, "workload", serial[-2:])
+        epoch = IdentityEpoch(identity, self.clock.now(), NOW + timedelta(hours=1))
+        await self._write(lambda repos: repos.epochs.raise_to(epoch))
+
     async def evict(self, node_id: SpiffeId) -> None:
         await self._write(lambda repos: repos.nodes.delete(node_id))
 
@@ -250,6 +307,8 @@ class World:
         for node_id in NODES:
             await self.follow(node_id)
         now = self.clock.now()
+        denied = {revocation.id for revocation in self.directory.revocations()}
+        epochs = {epoch.spiffe_id: epoch.not_before for epoch in self.directory.epochs()}
         for node_id, follower in self.followers.items():
             try:
                 allowed = self.authorize.entries(node_id)
@@ -257,6 +316,8 @@ class World:
                 assert follower.stream is None
                 assert not follower.entries
                 continue
+            assert follower.denied == denied
+            assert follower.epochs == epochs
             live = [entry for entry in follower.entries.values() if entry.is_live(now)]
             assert sorted(live, key=lambda entry: entry.id) == allowed
 
@@ -265,6 +326,8 @@ async def _play(world: World, steps: list[tuple[Any, ...]]) -> None:
     await world.store.open()
     try:
         await world.start()
+        validity = {"not_before": NOW, "not_after": NOW + timedelta(hours=1)}
+        await world.store.ledger.intend([intent(serial, **validity) for serial in SERIALS])
         for node_id in NODES:
             await world.attest(node_id, frozenset(FACTS[:1]))
         await world.check()
