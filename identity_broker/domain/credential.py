@@ -132,15 +132,3 @@ class Revocation:
         Instances are the words of the node they run on: to another one they mean nothing.
         """
         return self.instance if self.singled_out and self.node_id == node_id else ""
-
-
-@dataclass(frozen=True, slots=True)
-class RevocationResult:
-    """What one step of a revocation did.
-
-    `already_revoked`: all that it found revoked before, unexpired and by another order; counted by
-    the last step alone, so that steps can be summed up.
-    """
-
-    revoked: tuple[Revocation, ...]
-    already_revoked: int

@@ -323,7 +323,7 @@ def _left_to(repos: Repositories, order: RevocationOrder) -> Selection | None:
 def _revoked(
     repos: Repositories, order: RevocationOrder, selection: Selection, now: datetime
 ) -> Step:
-    result = repos.credentials.revoke(
+    revoked = repos.credentials.revoke(
         selection,
         order_id=order.id,
         reason=order.reason,
@@ -331,8 +331,8 @@ def _revoked(
         now=now,
         limit=STEP,
     )
-    revoked = len(result.revoked)
-    return Step(replace(order, revoked=order.revoked + revoked), result.revoked, revoked >= STEP)
+    counted = replace(order, revoked=order.revoked + len(revoked))
+    return Step(counted, revoked, len(revoked) >= STEP)
 
 
 def _committed(repos: Repositories, order: RevocationOrder, now: datetime) -> RevocationOrder:

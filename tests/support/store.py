@@ -21,8 +21,8 @@ from identity_broker.domain.credential import (
     CredentialIntent,
     CredentialKind,
     CredentialOutcome,
+    Revocation,
     RevocationReason,
-    RevocationResult,
 )
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.node import Node
@@ -126,7 +126,7 @@ def revoking(
     comment: str = "stolen",
     at: datetime = NOW,
     limit: int | None = None,
-) -> Callable[[Repositories], RevocationResult]:
+) -> Callable[[Repositories], tuple[Revocation, ...]]:
     """A write that revokes what is selected, in one step."""
     selection = selecting(selection) if isinstance(selection, str) else selection
     return lambda repos: repos.credentials.revoke(

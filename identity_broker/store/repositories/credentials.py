@@ -34,7 +34,6 @@ from identity_broker.domain.credential import (
     CredentialState,
     Revocation,
     RevocationReason,
-    RevocationResult,
 )
 from identity_broker.domain.events import AuditKind, Topic
 from identity_broker.domain.paging import CredentialFilter, Page
@@ -138,7 +137,7 @@ class CredentialRepository:
         comment: str,
         now: datetime,
         limit: int | None = None,
-    ) -> RevocationResult:
+    ) -> tuple[Revocation, ...]:
         """Revoke what may still be valid of a selection; may be repeated.
 
         What is on certificateHold is revoked for good, if that is what `reason` is; it is revoked
@@ -149,7 +148,10 @@ class CredentialRepository:
             reason: RFC 5280, section 5.3.1.
             comment: the operator's words.
             now: the time of revocation; what is past its validity by then is passed over.
-            limit: of one step; it is the last when it revokes fewer. None for all in one.
+            limit: of one step; it was the last when it revoked fewer. None for all in one.
+
+        Returns:
+            What was revoked by it, not what was revoked before: `count` tells that.
         """
         if not order_id:
             raise InvariantViolated(detail="a credential is revoked by an order")
@@ -176,11 +178,7 @@ class CredentialRepository:
         )
         revoked = tuple(revocation_from_row(row) for row in rows)
         self._outbox.append_all(Topic.REVOCATION, [revocation.id for revocation in revoked])
-        if limit is not None and len(revoked) == limit:
-            return RevocationResult(revoked, 0)
-        others = [*selected.revoked(selection, dialect, moment), c.order_id != order_id]
-        already = select(func.count()).select_from(credentials).where(*others)
-        return RevocationResult(revoked, int(self._connection.execute(already).scalar_one()))
+        return revoked
 
     def release(self, order_id: str, now: datetime, limit: int = STEP) -> list[str]:
         """Make valid again what that order revoked for certificateHold and has not expired.
