@@ -103,6 +103,8 @@ class Broker:
         self._gate = parts.gate
         self._revocation_lists = parts.revocation_lists
         self._node_sync = parts.node_sync
+        self._feed = parts.feed
+        self._statements = parts.statements
         self._revoke = parts.revoke
         self._ocsp_responders = parts.ocsp_responders
         self._ocsp = parts.ocsp
@@ -223,6 +225,7 @@ class Broker:
             Job("groups", timedelta(seconds=1), self._node_sync.look_at_groups),
             Job("holds", timedelta(seconds=1), self._revoke.lift_due),
             Job("revocations", timedelta(seconds=5), self._revoke.resume),
+            Job("statements", timedelta(seconds=1), self._statements.run),
             Job("dependencies", timedelta(seconds=5), self._probe),
             Job("server_certificate", min(_10S, settings.svid.node_ttl / 8), self._renew_server),
             Job("bundle_file", _10S, self._trust.write_file),
@@ -330,6 +333,7 @@ class Broker:
         self._health.set_all(False)
         self._stopping.set()
         self._node_sync.stop()
+        self._feed.stop()
         grace = self._settings.server.drain_timeout
         await asyncio.gather(*(stop(grace) for stop in doors))
         with suppress(BrokerError):

@@ -36,6 +36,7 @@ from identity_broker.lifecycle.rotate import (
     RotateNode,
     RotateServer,
 )
+from identity_broker.lifecycle.statement import Statements
 from identity_broker.lifecycle.sync import NodeSync
 from identity_broker.lifecycle.verifiers import VerifierKind, Verifiers
 from identity_broker.registry.entries import Entries
@@ -50,6 +51,7 @@ from identity_broker.server.rpc.services.node import NodeService
 from identity_broker.server.rpc.services.node_attestation import NodeAttestationService
 from identity_broker.server.rpc.services.node_sync import NodeSyncService
 from identity_broker.server.rpc.services.revocation import RevocationService
+from identity_broker.server.rpc.services.revocation_feed import RevocationFeedService
 from identity_broker.server.rpc.services.svid import SvidService
 from identity_broker.server.trust import Trust
 from identity_broker.signing import Signing
@@ -81,6 +83,8 @@ class Parts:
     gate: Gate
     revocation_lists: RevocationLists
     node_sync: NodeSync
+    feed: RevocationFeed
+    statements: Statements
     revoke: Revoke
     ocsp_responders: Responders
     ocsp: Ocsp
@@ -174,8 +178,15 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     revoke = Revoke(store, directory, clock, issue.settled, revoke_authority=revoke_authority)
     resources.push_async_callback(revoke.close)
 
-    verifiers, _feed, propagation = _verifiers(directory, clock, metrics)
-    revoke.on_committed.append(propagation.begun)
+    verifiers, feed, propagation = _verifiers(directory, clock, metrics)
+    statements = Statements(
+        store=store,
+        signing=signing,
+        propagation=propagation,
+        clock=clock,
+        acknowledge_timeout=settings.revocation.acknowledge_timeout,
+    )
+    revoke.on_committed += [propagation.begun, statements.committed]
     roster = Roster(on_count=metrics.agents_connected.set, verifiers=verifiers)
     revocation_lists = RevocationLists(
         signing=signing,
@@ -235,6 +246,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         RevocationService(revoke, propagation, roster, trust_domain, clock),
         AuthorityService(signing),
         NodeSyncService(node_sync, roster, directory, metrics, clock),
+        RevocationFeedService(feed, metrics, clock),
     ):
         services.update(service.functions())
     return Parts(
@@ -257,6 +269,8 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         ),
         revocation_lists=revocation_lists,
         node_sync=node_sync,
+        feed=feed,
+        statements=statements,
         revoke=revoke,
         ocsp_responders=ocsp_responders,
         ocsp=ocsp,

@@ -43,7 +43,7 @@ FIELDS: Final = MappingProxyType(
         "count": "how many",
         "state": "where something stands in its life",
         "topic": "of the change feed",
-        "names": "of secrets that Envoy asked for",
+        "names": "of secrets that Envoy asked for, or of verifiers",
         "subject": "what is revoked or held",
         "check": "what was looked at",
         # the process
