@@ -264,6 +264,13 @@ class RunningBroker:
             )
         )
 
+    async def lift(self, hold: str) -> Any:
+        """Lift a hold; return the answer."""
+        from identity_api.broker.v1 import revocation_pb2
+
+        revocations = await self.revocations()
+        return await revocations.LiftHold(revocation_pb2.LiftHoldRequest(name=hold))
+
     async def ledger(self, **wanted: Any) -> list[Any]:
         """What the ledger lists."""
         from identity_api.broker.v1 import credential_pb2
