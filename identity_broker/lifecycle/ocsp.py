@@ -194,9 +194,12 @@ class Ocsp:
         answer = held.answers.get(cert_id.der)
         if answer is None or answer.this_update is None or answer.fresh_until is None:
             return None
-        if not answer.this_update <= self._clock.now() < answer.fresh_until:
+        now = self._clock.now()
+        if not answer.this_update <= now < answer.fresh_until:
             return None
         if held.good_until is not None:
+            if now >= held.good_until:
+                return None
             await self._directory.check()
         self._held.move_to_end(serial)
         return answer
