@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from identity_broker.domain.credential import RevocationReason
+from identity_broker.domain.revocation import SubjectKind
 from identity_broker.errors import SigningBackendUnavailable
 from identity_broker.lifecycle.crl import lists as lists_module
 from identity_broker.lifecycle.crl.lists import VALIDITY, RevocationLists
@@ -24,7 +25,7 @@ from identity_ca.authority import Authority, AuthorityKind, AuthorityState
 from identity_ca.errors import BackendUnavailable, KeyNotFound
 from support.following import following
 from support.line import RunningBroker, running, settings_in
-from support.verbs import LIFE, NODE, OPERATOR, START, Parts
+from support.verbs import LIFE, NODE, START, Parts
 
 STOLEN = RevocationReason.KEY_COMPROMISE
 MINUTE = timedelta(minutes=1)
@@ -203,7 +204,7 @@ async def test_every_authority_that_can_sign_has_its_own_list(
     lists.listen(lambda crls: told.append(len(crls)))
     # The first certificate has expired by now; its authority still lists what has not.
     late = await parts.svid()
-    await parts.revoke.credential(new.serial, STOLEN, "", OPERATOR)
+    await parts.end_one(new.serial)
     assert await lists.rebuild()
     assert told == [2]
     known = authorities(parts)
@@ -223,7 +224,7 @@ async def test_the_old_authority_lists_what_it_signed(parts: Parts, lists: Revoc
     parts.clock.time = START + LIFE * 5 / 6 - MINUTE
     signed = await parts.svid()
     await turn(parts, START + LIFE * 5 / 6 + MINUTE)
-    await parts.revoke.credential(signed.serial, STOLEN, "", OPERATOR)
+    await parts.end_one(signed.serial)
     await lists.rebuild()
     known = authorities(parts)
     assert serials(list_of(known[AuthorityState.OLD], lists)) == [signed.serial]
@@ -256,7 +257,7 @@ async def test_a_revoked_certificate_leaves_after_it_was_listed_expired(
 ) -> None:
     await parts.admit()
     issued = await parts.svid()
-    await parts.revoke.credential(issued.serial, STOLEN, "", OPERATOR)
+    await parts.end_one(issued.serial)
     await lists.rebuild()
     parts.clock.time = issued.not_after + 10 * MINUTE
     await parts.directory.forget_expired()
@@ -286,7 +287,7 @@ async def test_a_key_manager_that_is_away_leaves_the_list_in_force(
     running_lists = asyncio.create_task(lists.run())
     with monkeypatch.context() as patch:
         patch.setattr(parts.keys, "load", away)
-        await parts.revoke.credential(issued.serial, STOLEN, "", OPERATOR)
+        await parts.end_one(issued.serial)
         async with asyncio.timeout(10):
             while len(attempts) < 2:
                 await asyncio.sleep(0.01)
@@ -325,6 +326,6 @@ async def test_a_token_stands_on_no_list(parts: Parts, lists: RevocationLists) -
     before = lists.current
     grant = parts.authorize.entry(NODE, "api")
     token = one(await parts.issue.jwt([JwtOrder(grant, ("a",))]))
-    await parts.revoke.credential(token.jti, STOLEN, "", OPERATOR)
+    await parts.end(SubjectKind.JTI, token.jti)
     assert not await lists.rebuild()
     assert lists.current == before
