@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # What may be revoked, and how the RPC calls it; of an id it is for its form to say.
 SUBJECTS = {
     "id": "",
+    "jti": "JTI",
     "spiffe_id": "SPIFFE_ID",
     "node": "NODE",
     "entry": "ENTRY",
