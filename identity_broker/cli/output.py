@@ -145,7 +145,8 @@ def duration(value: timedelta | None) -> str:
 
 def rfc3339(value: datetime) -> str:
     """A time as RFC 3339 in UTC."""
-    return value.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    timespec = "milliseconds" if value.microsecond else "seconds"
+    return value.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def to_document(value: object) -> Any:
