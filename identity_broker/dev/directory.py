@@ -77,6 +77,13 @@ class DevSettings:
         """The same, listening wherever there is room."""
         return replace(self, address=_ANY_PORT, bootstrap_address=_ANY_PORT, http_address=_ANY_PORT)
 
+    def with_http_port(self) -> Self:
+        """The same, with a port for HTTP: certificates name it before anybody listens there."""
+        if self.http_address != _ANY_PORT:
+            return self
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            return replace(self, http_address=f"127.0.0.1:{probe.getsockname()[1]}")
+
 
 class DevDirectory:
     """A directory that this process holds. A context manager."""

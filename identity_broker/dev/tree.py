@@ -128,6 +128,7 @@ class DevTree:
         # A wrapped secret-id works once: every start gets one of its own.
         openbao = self._provision(settings, stopped) if self._openbao is not None else {}
         socket_path = self._directory.admin_socket()
+        settings = settings.with_http_port()
         config = _broker_config(settings, self._directory, socket_path, bundle_file, openbao)
         write_private(self._directory.broker_config, to_toml(config))
         return BrokerAddresses(**self._broker.start(on_wait=stopped.check))
@@ -294,6 +295,7 @@ def _broker_config(
             "bundle_file": str(bundle_file),
             "drain_timeout": "3s",
         },
+        "revocation": {"public_url": f"http://{settings.http_address}"},
         # A machine that slept overnight is still a node in the morning.
         "svid": {"node_ttl": "24h"},
         "ca": {
