@@ -340,7 +340,7 @@ class Directory:
         update.before.update((key, entries[key]) for key in update.deleted_entry_ids)
         now = self._denials
         update.revocations = [
-            value for key, value in now.revocations.items() if key not in denials.revocations
+            value for key, value in now.revocations.items() if denials.revocations.get(key) != value
         ]
         update.released = [key for key in denials.revocations if key not in now.revocations]
         update.epochs = [

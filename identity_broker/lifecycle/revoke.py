@@ -245,8 +245,11 @@ class Revoke:
     def _begin(self, step: Step) -> _Work:
         order_id = step.order.id
         known = self._working.get(order_id)
+        if known is not None and not step.repeated:
+            # A repeat was here first.
+            known.took(step)
+            return known
         if known is not None:
-            # Somebody repeats a call whose order is being worked at: nothing is revoked by it.
             return _Work.of(known.task)
         work = self._working[order_id] = _Work()
         work.took(step)
@@ -257,6 +260,8 @@ class Revoke:
     async def _drive(self, step: Step, work: _Work) -> None:
         """Bring an order to its end: everything that it selects is revoked."""
         order = step.order
+        # From here on nothing new is granted here.
+        await self._directory.sync()
         if order.subject.kind is SubjectKind.AUTHORITY:
             # It may be forgotten by now; what it signed is revoked all the same.
             with suppress(AuthorityNotFound):
@@ -265,9 +270,7 @@ class Revoke:
             step = await self._orders.advance(order.id, commit=False)
             work.took(step)
         if not order.swept:
-            # From here on nothing new is granted; what was granted before gets its outcome.
-            await self._directory.sync()
-            await self._settled()
+            await self._settled()  # what was granted before has its outcome
         while step.order.state is OrderState.RUNNING:
             step = await self._orders.advance(order.id, commit=True)
             work.took(step)
