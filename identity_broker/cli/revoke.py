@@ -85,19 +85,26 @@ class Moment(click.ParamType[datetime]):
         if isinstance(value, datetime):
             return value
         now = SystemClock().now()
-        moment: datetime | None = None
         try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            try:
-                moment = now + Duration().convert(value, param, ctx)
-            except (click.BadParameter, OverflowError):
-                self.fail(f'"{value}" is neither a time like 2030-01-01T00:00:00Z nor like 8h')
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
+            moment = _time(value) or now + Duration().convert(value, param, ctx)
+        except (click.BadParameter, OverflowError):
+            self.fail(f'"{value}" is neither a time like 2030-01-01T00:00:00Z nor like 8h')
         if moment <= now:
             self.fail(f'"{value}" is over already')
-        return moment.astimezone(UTC)
+        return moment
+
+
+def _time(text: str) -> datetime | None:
+    """A time in UTC; None where it is something else.
+
+    Raises:
+        OverflowError: no calendar reaches that far.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 def _subject_options(function: C) -> C:

@@ -75,7 +75,7 @@ def test_token_agent_entry_and_a_workload_without_any_secret(
         source = X509Source(socket_path=bound["workload_api"])
         try:
             serial = source.get_x509_context().default_svid.leaf.serial_number
-            revoked = dev_broker.idb("credential", "revoke", f"{serial:040x}")
+            revoked = dev_broker.idb("revoke", "--serial", f"{serial:040x}", "--yes")
             assert revoked.code == 0, revoked.err
             wait_until(lambda: source.get_x509_context().default_svid.leaf.serial_number != serial)
         finally:

@@ -189,7 +189,7 @@ async def test_another_program_of_the_same_user_is_somebody_else(shop: Shop) -> 
 
 
 async def test_a_revoked_certificate_is_replaced_at_once(shop: Shop) -> None:
-    """From `idb credential revoke` to a handshake with the next one: no poll, no restart."""
+    """From `idb revoke` to a handshake with the next one: no poll, no restart."""
     await shop.register("stock")
     stock = await shop.envoy(
         "stock",

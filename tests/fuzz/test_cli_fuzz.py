@@ -19,7 +19,8 @@ OPTIONS = st.sampled_from(
 )
 WORDS = st.one_of(
     st.sampled_from(NOUNS),
-    st.sampled_from(["list", "show", "create", "update", "delete", "revoke", "check", "verify"]),
+    st.sampled_from(["list", "show", "create", "update", "delete", "check", "verify"]),
+    st.sampled_from(["status", "lift", "--serial", "--select", "--plan", "--hold-until", "--yes"]),
     OPTIONS,
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
 )
@@ -59,6 +60,9 @@ def test_any_file(tmp_path: Path, content: bytes) -> None:
     for arguments in (
         ["svid", "show", str(file)],
         ["svid", "verify", str(file), "--bundle", str(file), "--audience", "a"],
+        ["revoke", "verify", str(file), "--bundle", str(file)],
+        ["revoke", "verify", str(file), "--bundle", str(file), "--trust-domain", "example.org"],
+        ["compromised", "--key", str(file), "--plan"],
         ["config", "check", "--config", str(file)],
     ):
         code, err = told(arguments)

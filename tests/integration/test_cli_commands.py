@@ -288,8 +288,15 @@ def test_entries_that_cannot_be(
         ["entry", "create", "--spiffe-id", "/a"],
         ["entry", "create", "--file", "x.json", "--hint", "y"],
         ["entry", "update", "e-1"],
-        ["credential", "revoke"],
-        ["credential", "revoke", "abc", "--spiffe-id", "/a"],
+        ["revoke", "--yes"],
+        ["revoke", "--serial", "abc", "--spiffe-id", "/a"],
+        ["revoke", "--spiffe-id", "/a", "--no-hold", "--hold", "x"],
+        ["revoke", "--spiffe-id", "/a", "--no-hold", "--hold-until", "8h"],
+        ["revoke", "--spiffe-id", "/a", "--no-hold", "--reason", "certificate-hold"],
+        ["revoke", "--spiffe-id", "/a", "list"],
+        ["revoke", "--yes", "status", "rev-1"],
+        ["compromised"],
+        ["compromised", "--key", "none", "--fingerprint", "ab"],
         ["--address", "127.0.0.1:1", "entry", "list"],
     ],
     ids=" ".join,
@@ -336,7 +343,11 @@ def test_a_batch_is_told_item_by_item(idb: Idb, dev_broker: DevBroker, tmp_path:
         (["node", "ban", "missing"], "NODE_NOT_FOUND"),
         (["node", "evict", "x509_pop/missing"], "NODE_NOT_FOUND"),
         (["credential", "show", "00" * 20], "CREDENTIAL_NOT_FOUND"),
-        (["credential", "revoke", "00" * 20], "CREDENTIAL_NOT_FOUND"),
+        (["revoke", "--serial", "00" * 20, "--yes"], "SUBJECT_NOT_FOUND"),
+        (["revoke", "--jti", "missing", "--plan"], "SUBJECT_NOT_FOUND"),
+        (["revoke", "--spiffe-id", "/missing", "--plan"], "SUBJECT_NOT_FOUND"),
+        (["revoke", "status", "missing"], "REVOCATION_NOT_FOUND"),
+        (["hold", "lift", "missing", "--yes"], "HOLD_NOT_FOUND"),
         (["authority", "show", "missing"], "AUTHORITY_NOT_FOUND"),
         (["explain", "missing", "--node", "missing"], None),
     ],
@@ -424,12 +435,12 @@ def test_from_token_to_revocation(idb: Idb, dev_broker: DevBroker, tmp_path: Pat
     serial = fetched.json["serial"]
     assert idb("credential", "show", serial, "-o", "json").json["state"] == "issued"
     revoked = idb(
-        *("credential", "revoke", "--spiffe-id", f"/tests/{entry_id}", "-o", "json"),
+        *("revoke", "--spiffe-id", f"/tests/{entry_id}", "-o", "json", "--yes"),
         *("--reason", "key-compromise", "--comment", "a test"),
     )
-    assert revoked.code == 0
+    assert revoked.code == 0, revoked.err
     assert serial in revoked.json["revoked_ids"]
-    assert revoked.json["disabled_entry_ids"] == [entry_id]
+    assert revoked.json["revocation"]["held_entry_ids"] == [entry_id]
     row = idb("credential", "show", serial, "-o", "json").json
     assert (row["state"], row["reason"], row["comment"]) == ("revoked", "key-compromise", "a test")
     listed = idb("credential", "list", "--spiffe-id", f"/tests/{entry_id}", "--state", "revoked")

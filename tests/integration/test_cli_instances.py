@@ -39,8 +39,8 @@ async def test_instances_are_listed_shown_and_revoked_alone(tmp_path: Path) -> N
         assert shown.json["instance"] == "pid 42"
         assert "pid 42" in (await idb(broker, "credential", "show", serials[1])).out
 
-        revoked = await idb(broker, "credential", "revoke", serials[0])
-        assert revoked.out == f"{serials[0]}\n"
+        revoked = await idb(broker, "revoke", "--serial", serials[0], "--yes", "-o", "json")
+        assert revoked.json["revoked_ids"] == [serials[0]]
         left = await idb(broker, "credential", "list", "--state", "issued", "-o", "json")
         assert {one["instance"] for one in left.json["credentials"] if one["entry_id"]} == {
             "pid 42",
