@@ -237,8 +237,8 @@ def incident(stage: Stage, cast: Cast) -> dict[str, Any]:
         measured[f"refused_{kind}_connection_after_commit_seconds"] = round(after_commit, 3)
         tell.step(
             "inventory",
-            f"refuses {words}: {event['reason']}, {_seconds(after_commit)} after the revocation "
-            f"was durable, {_seconds(after_start)} after it was typed",
+            f"refuses {words}: {event['reason']}, {_seconds(max(after_commit, 0.001))} after the "
+            f"revocation was durable, {_seconds(after_start)} after it was typed",
             holds=event["reason"] == "PEER_REVOKED",
         )
     measured |= _heard(stage, revocation["id"])
