@@ -272,7 +272,10 @@ class NodeBanned(AuthorizationError):
 
     reason = "NODE_BANNED"
     sentence = "this node is banned"
-    default_hint = "idb node show NODE says why; idb hold lift HOLD or idb node evict NODE lets it attest again"
+    default_hint = (
+        "idb node show NODE says why; idb hold lift HOLD, or idb node evict NODE, lets it attest "
+        "again"
+    )
 
 
 class NodeUnknown(AuthorizationError):
