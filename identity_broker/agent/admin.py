@@ -71,6 +71,9 @@ class AgentReport:
     connections: int
     overdue: int
     workload_api: str
+    followers: int
+    revocations: int
+    revocations_fresh: bool
 
 
 class Explains(Protocol):
@@ -146,6 +149,9 @@ class AgentAdmin:
             connections=found.connections,
             overdue=found.overdue,
             workload_api=found.workload_api,
+            followers=found.followers,
+            revocations=found.revocations,
+            revocations_fresh=found.revocations_fresh,
         )
 
     async def _explain_process(

@@ -244,6 +244,9 @@ class Agent:
             connections=self._door.count,
             overdue=self._svids.overdue(self._clock.now()),
             workload_api=self._door.address,
+            followers=len(self._relay),
+            revocations=len(self._mirror.denied),
+            revocations_fresh=self._relay.is_fresh(),
         )
 
     def _judge(self) -> HealthReport:

@@ -26,6 +26,8 @@ from identity_broker.cli.tree import IdbCommand, IdbGroup
 from identity_broker.errors import AgentNotReady
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from identity_broker.agent.app import AgentAddresses
     from identity_broker.config.agent_settings import AgentSettings
     from identity_client.agent_client import AgentStatus
@@ -196,12 +198,21 @@ def _status_text(found: AgentStatus) -> str:
         ("entries", str(found.entries)),
         ("X.509-SVIDs", f"{found.x509_svids}, {found.overdue} overdue"),
         ("JWT-SVIDs", str(found.jwt_svids)),
+        ("revocations", _revocations(found, now)),
+        ("followers", str(found.followers)),
         ("connections", str(found.connections)),
         ("Workload API", found.workload_api),
         ("version", found.version),
         ("started", moment(found.started_at, now=now)),
     ]
     return facts(pairs)
+
+
+def _revocations(found: AgentStatus, now: datetime) -> str | Text:
+    if found.revocations_fresh:
+        return f"{found.revocations}, up to date"
+    since = moment(found.heard_at, now=now)
+    return Text(f"{found.revocations}, as of {since}; there may be more", Style.WARN)
 
 
 @agent.group(cls=IdbGroup)

@@ -462,23 +462,49 @@ async def test_an_earlier_serial_revoked_ends_the_process_and_a_restart_does_not
             assert paths(await twin.fetch_x509()) == ["/each"]
 
 
-@pytest.mark.parametrize("keep_entries", [False, True])
+@pytest.mark.parametrize("without_hold", [False, True])
 async def test_an_identity_revoked_denies_no_process_for_good(
-    agent: RunningAgent, broker: RunningBroker, *, keep_entries: bool
+    agent: RunningAgent, broker: RunningBroker, *, without_hold: bool
 ) -> None:
     each = await entry(broker, "/each", per_process=True)
     await in_mirror(agent, 1)
     call = agent.x509_stream()
     (first,) = serials(await read(call))
-    await broker.revoke(spiffe_id=each.spiffe_id, keep_entries=keep_entries)
-    if keep_entries:
+    revoked = await broker.revoke(spiffe_id=each.spiffe_id, without_hold=without_hold)
+    if without_hold:
         assert serials(await read(call)) != [first]
         return
     assert reason_of(await refused(call)) == "NO_IDENTITY"
-    each.revision += 1  # it was disabled
-    await change(broker, each, disabled=False)
+    assert agent.agent.report().x509_svids == 0
+    await broker.lift(revoked.revocation.hold)
     await in_mirror(agent, 1)
     assert serials(await agent.fetch_x509()) != [first]
+
+
+@pytest.mark.parametrize("per_process", [False, True])
+async def test_what_was_on_hold_comes_back_when_it_is_lifted(
+    agent: RunningAgent, broker: RunningBroker, *, per_process: bool
+) -> None:
+    await entry(broker, "/web")
+    await entry(broker, "/each", per_process=per_process)
+    await in_mirror(agent, 2)
+    call = agent.x509_stream()
+    state = await read(call)
+    while paths(state) != ["/web", "/each"]:
+        state = await read(call)
+    held = serials(state)[1]
+    revoked = await broker.revoke(id=held, reason=credential_pb2.REVOCATION_REASON_CERTIFICATE_HOLD)
+    state = await read(call)
+    while held in serials(state):
+        state = await read(call)
+    if per_process:  # this very process is denied
+        assert paths(state) == ["/web"]
+    assert agent.agent._mirror.denied.is_revoked(held)
+    await broker.lift(revoked.revocation.hold)
+    while paths(state) != ["/web", "/each"]:
+        state = await read(call)
+    assert held not in serials(state)
+    await agent.until(lambda: not agent.agent._mirror.denied.is_revoked(held))
 
 
 # --- a node that is not wanted ------------------------------------------------------------------
@@ -561,8 +587,8 @@ async def test_a_revoked_token_is_neither_given_nor_accepted_again(
     stub = agent.stub()
     await stub.ValidateJWTSVID(request, metadata=SECURITY_METADATA)
     (row,) = [each for each in await broker.ledger() if "JWT" in str(each)]
-    await broker.revoke(id=row.id)
-    await agent.until(lambda: agent.agent._mirror.is_revoked(row.id))
+    await broker.revoke(jti=row.id)
+    await agent.until(lambda: agent.agent._mirror.denied.is_revoked(row.id))
     with pytest.raises(grpc.RpcError) as caught:
         await stub.ValidateJWTSVID(request, metadata=SECURITY_METADATA)
     assert reason_of(caught.value) == "TOKEN_INVALID"

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from identity_api.broker.v1 import credential_pb2, node_sync_pb2, types_pb2
+from identity_api.broker.v1 import credential_pb2, node_sync_pb2, revocation_feed_pb2, types_pb2
 from identity_client.errors import BrokerUnavailable, LimitReached
 from identity_client.node import (
     NodeKeeper,
@@ -82,7 +82,7 @@ async def test_everything_a_message_holds_arrives() -> None:
         x509_ttl_seconds=60,
     )
     revocations = [
-        credential_pb2.Revocation(
+        revocation_feed_pb2.RevokedCredential(
             id=f"{kind}",
             kind=kind,
             spiffe_id="spiffe://example.org/web",
@@ -236,8 +236,8 @@ def unreadable(site: SyncServer) -> dict[str, node_sync_pb2.SyncResponse | bytes
         "a newline": delta(5, 6, changed=[entry("x", spiffe_id="spiffe://example.org/a\n")]),
         "a time beyond the calendar": delta(5, 6, changed=[entry("x", expires_at=2**60)]),
         "a moment beyond the calendar": delta(5, 6, sent_at_ms=253_402_300_799_999 + 1),
-        "a revocation of nothing": delta(5, 6, revocations=[credential_pb2.Revocation(kind=X509)]),
-        "a revocation of no kind": delta(5, 6, revocations=[credential_pb2.Revocation(id="x")]),
+        "a revocation of nothing": delta(5, 6, revocations=[revocation_feed_pb2.RevokedCredential(kind=X509)]),
+        "a revocation of no kind": delta(5, 6, revocations=[revocation_feed_pb2.RevokedCredential(id="x")]),
     }
 
 

@@ -68,14 +68,18 @@ class RunningAgent:
     def node_id(self) -> str:
         return node_id(self.node_name)
 
-    def stub(self) -> Any:
-        """The Workload API, over a connection of its own."""
+    def channel(self) -> grpc.aio.Channel:
+        """A connection of its own to the workloads' socket."""
         channel = grpc.aio.insecure_channel(
             self.workload_api.replace("unix://", "unix:"),
             options=[("grpc.use_local_subchannel_pool", 1)],
         )
         self._channels.append(channel)
-        return WorkloadApiStub(channel)
+        return channel
+
+    def stub(self) -> Any:
+        """The Workload API, over a connection of its own."""
+        return WorkloadApiStub(self.channel())
 
     def x509_stream(self) -> Any:
         """A FetchX509SVID call of this very process."""

@@ -176,11 +176,15 @@ class Machine:
                 removed_ids=(),
                 bundle=self._bundle,
                 revocations=(),
+                released_ids=(),
+                epochs=(),
+                denied_authorities=(),
                 crls=(),
                 entries_digest=digest,
                 sent_at=self.clock.now(),
                 _acknowledge=acknowledged,
             ),
+            now=self.clock.now(),
             tick=0.0,
         )
         self.tokens.follow(changed.entries)

@@ -78,6 +78,9 @@ class AgentStatus:
         connections: connections of workloads.
         overdue: X.509-SVIDs past their renewal time.
         workload_api: the Workload API's address, as in SPIFFE_ENDPOINT_SOCKET.
+        followers: streams of workloads that follow revocations here.
+        revocations: revoked credentials that are refused on this machine.
+        revocations_fresh: whether that is all there is, as far as the broker told lately.
     """
 
     health: AgentHealth
@@ -98,6 +101,9 @@ class AgentStatus:
     connections: int
     overdue: int
     workload_api: str
+    followers: int
+    revocations: int
+    revocations_fresh: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +191,9 @@ class AgentClient:
             connections=answer.connections,
             overdue=answer.overdue,
             workload_api=answer.workload_api,
+            followers=answer.followers,
+            revocations=answer.revocations,
+            revocations_fresh=answer.revocations_fresh,
         )
 
     def explain_process(self, pid: int) -> ProcessExplanation:

@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!identity_api/agent/v1/agent.proto\x12\x15identity_api.agent.v1\"\x0f\n\rStatusRequest\"\x8e\x03\n\x0eStatusResponse\x12-\n\x06health\x18\x01 \x01(\x0e\x32\x1d.identity_api.agent.v1.Health\x12\x10\n\x08problems\x18\x02 \x03(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nstarted_at\x18\x04 \x01(\x03\x12\x14\n\x0ctrust_domain\x18\x05 \x01(\t\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x13\n\x0bnode_serial\x18\x07 \x01(\t\x12\x17\n\x0fnode_expires_at\x18\x08 \x01(\x03\x12\x16\n\x0e\x62roker_address\x18\t \x01(\t\x12\x11\n\tconnected\x18\n \x01(\x08\x12\x10\n\x08revision\x18\x0b \x01(\x04\x12\x10\n\x08heard_at\x18\x0c \x01(\x03\x12\x0f\n\x07\x65ntries\x18\r \x01(\x05\x12\x12\n\nx509_svids\x18\x0e \x01(\x05\x12\x11\n\tjwt_svids\x18\x0f \x01(\x05\x12\x13\n\x0b\x63onnections\x18\x10 \x01(\x05\x12\x0f\n\x07overdue\x18\x11 \x01(\x05\x12\x14\n\x0cworkload_api\x18\x12 \x01(\t\"$\n\x15\x45xplainProcessRequest\x12\x0b\n\x03pid\x18\x01 \x01(\x05\"\xa2\x02\n\x16\x45xplainProcessResponse\x12\x11\n\tselectors\x18\x01 \x03(\t\x12\x10\n\x08problems\x18\x02 \x03(\t\x12I\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x38.identity_api.agent.v1.ExplainProcessResponse.EntryMatch\x12\x12\n\nexecutable\x18\x04 \x01(\t\x12\x0e\n\x06hidden\x18\x05 \x01(\x05\x1at\n\nEntryMatch\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\t\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x0f\n\x07matches\x18\x03 \x01(\x08\x12\x0f\n\x07missing\x18\x04 \x03(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x0e\n\x06serial\x18\x06 \x01(\t*U\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\r\n\tHEALTH_OK\x10\x01\x12\x13\n\x0fHEALTH_DEGRADED\x10\x02\x12\x0f\n\x0bHEALTH_DOWN\x10\x03\x32\xcd\x01\n\x05\x41gent\x12U\n\x06Status\x12$.identity_api.agent.v1.StatusRequest\x1a%.identity_api.agent.v1.StatusResponse\x12m\n\x0e\x45xplainProcess\x12,.identity_api.agent.v1.ExplainProcessRequest\x1a-.identity_api.agent.v1.ExplainProcessResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!identity_api/agent/v1/agent.proto\x12\x15identity_api.agent.v1\"\x0f\n\rStatusRequest\"\xd1\x03\n\x0eStatusResponse\x12-\n\x06health\x18\x01 \x01(\x0e\x32\x1d.identity_api.agent.v1.Health\x12\x10\n\x08problems\x18\x02 \x03(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nstarted_at\x18\x04 \x01(\x03\x12\x14\n\x0ctrust_domain\x18\x05 \x01(\t\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x13\n\x0bnode_serial\x18\x07 \x01(\t\x12\x17\n\x0fnode_expires_at\x18\x08 \x01(\x03\x12\x16\n\x0e\x62roker_address\x18\t \x01(\t\x12\x11\n\tconnected\x18\n \x01(\x08\x12\x10\n\x08revision\x18\x0b \x01(\x04\x12\x10\n\x08heard_at\x18\x0c \x01(\x03\x12\x0f\n\x07\x65ntries\x18\r \x01(\x05\x12\x12\n\nx509_svids\x18\x0e \x01(\x05\x12\x11\n\tjwt_svids\x18\x0f \x01(\x05\x12\x13\n\x0b\x63onnections\x18\x10 \x01(\x05\x12\x0f\n\x07overdue\x18\x11 \x01(\x05\x12\x14\n\x0cworkload_api\x18\x12 \x01(\t\x12\x11\n\tfollowers\x18\x13 \x01(\x05\x12\x13\n\x0brevocations\x18\x14 \x01(\x05\x12\x19\n\x11revocations_fresh\x18\x15 \x01(\x08\"$\n\x15\x45xplainProcessRequest\x12\x0b\n\x03pid\x18\x01 \x01(\x05\"\xa2\x02\n\x16\x45xplainProcessResponse\x12\x11\n\tselectors\x18\x01 \x03(\t\x12\x10\n\x08problems\x18\x02 \x03(\t\x12I\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x38.identity_api.agent.v1.ExplainProcessResponse.EntryMatch\x12\x12\n\nexecutable\x18\x04 \x01(\t\x12\x0e\n\x06hidden\x18\x05 \x01(\x05\x1at\n\nEntryMatch\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\t\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x0f\n\x07matches\x18\x03 \x01(\x08\x12\x0f\n\x07missing\x18\x04 \x03(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x0e\n\x06serial\x18\x06 \x01(\t*U\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\r\n\tHEALTH_OK\x10\x01\x12\x13\n\x0fHEALTH_DEGRADED\x10\x02\x12\x0f\n\x0bHEALTH_DOWN\x10\x03\x32\xcd\x01\n\x05\x41gent\x12U\n\x06Status\x12$.identity_api.agent.v1.StatusRequest\x1a%.identity_api.agent.v1.StatusResponse\x12m\n\x0e\x45xplainProcess\x12,.identity_api.agent.v1.ExplainProcessRequest\x1a-.identity_api.agent.v1.ExplainProcessResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'identity_api.agent.v1.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HEALTH']._serialized_start=809
-  _globals['_HEALTH']._serialized_end=894
+  _globals['_HEALTH']._serialized_start=876
+  _globals['_HEALTH']._serialized_end=961
   _globals['_STATUSREQUEST']._serialized_start=60
   _globals['_STATUSREQUEST']._serialized_end=75
   _globals['_STATUSRESPONSE']._serialized_start=78
-  _globals['_STATUSRESPONSE']._serialized_end=476
-  _globals['_EXPLAINPROCESSREQUEST']._serialized_start=478
-  _globals['_EXPLAINPROCESSREQUEST']._serialized_end=514
-  _globals['_EXPLAINPROCESSRESPONSE']._serialized_start=517
-  _globals['_EXPLAINPROCESSRESPONSE']._serialized_end=807
-  _globals['_EXPLAINPROCESSRESPONSE_ENTRYMATCH']._serialized_start=691
-  _globals['_EXPLAINPROCESSRESPONSE_ENTRYMATCH']._serialized_end=807
-  _globals['_AGENT']._serialized_start=897
-  _globals['_AGENT']._serialized_end=1102
+  _globals['_STATUSRESPONSE']._serialized_end=543
+  _globals['_EXPLAINPROCESSREQUEST']._serialized_start=545
+  _globals['_EXPLAINPROCESSREQUEST']._serialized_end=581
+  _globals['_EXPLAINPROCESSRESPONSE']._serialized_start=584
+  _globals['_EXPLAINPROCESSRESPONSE']._serialized_end=874
+  _globals['_EXPLAINPROCESSRESPONSE_ENTRYMATCH']._serialized_start=758
+  _globals['_EXPLAINPROCESSRESPONSE_ENTRYMATCH']._serialized_end=874
+  _globals['_AGENT']._serialized_start=964
+  _globals['_AGENT']._serialized_end=1169
 # @@protoc_insertion_point(module_scope)

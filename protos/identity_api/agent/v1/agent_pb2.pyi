@@ -81,6 +81,9 @@ class StatusResponse(_message.Message):
     CONNECTIONS_FIELD_NUMBER: _builtins.int
     OVERDUE_FIELD_NUMBER: _builtins.int
     WORKLOAD_API_FIELD_NUMBER: _builtins.int
+    FOLLOWERS_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FRESH_FIELD_NUMBER: _builtins.int
     health: Global___Health.ValueType
     """Required."""
     version: _builtins.str
@@ -115,6 +118,12 @@ class StatusResponse(_message.Message):
     """Required. X.509-SVIDs past their renewal time."""
     workload_api: _builtins.str
     """Required. The workload API's address, as in SPIFFE_ENDPOINT_SOCKET."""
+    followers: _builtins.int
+    """Required. Streams of workloads that follow revocations here."""
+    revocations: _builtins.int
+    """Required. Revoked credentials that are refused on this machine."""
+    revocations_fresh: _builtins.bool
+    """Required. Whether that is all there is: the broker was heard lately, and the agent is in step."""
     @_builtins.property
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. What is wrong, a sentence each."""
@@ -140,10 +149,13 @@ class StatusResponse(_message.Message):
         connections: _builtins.int = ...,
         overdue: _builtins.int = ...,
         workload_api: _builtins.str = ...,
+        followers: _builtins.int = ...,
+        revocations: _builtins.int = ...,
+        revocations_fresh: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker_address", b"broker_address", "connected", b"connected", "connections", b"connections", "entries", b"entries", "health", b"health", "heard_at", b"heard_at", "jwt_svids", b"jwt_svids", "node_expires_at", b"node_expires_at", "node_id", b"node_id", "node_serial", b"node_serial", "overdue", b"overdue", "problems", b"problems", "revision", b"revision", "started_at", b"started_at", "trust_domain", b"trust_domain", "version", b"version", "workload_api", b"workload_api", "x509_svids", b"x509_svids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker_address", b"broker_address", "connected", b"connected", "connections", b"connections", "entries", b"entries", "followers", b"followers", "health", b"health", "heard_at", b"heard_at", "jwt_svids", b"jwt_svids", "node_expires_at", b"node_expires_at", "node_id", b"node_id", "node_serial", b"node_serial", "overdue", b"overdue", "problems", b"problems", "revision", b"revision", "revocations", b"revocations", "revocations_fresh", b"revocations_fresh", "started_at", b"started_at", "trust_domain", b"trust_domain", "version", b"version", "workload_api", b"workload_api", "x509_svids", b"x509_svids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
