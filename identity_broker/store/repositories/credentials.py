@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -155,30 +155,53 @@ class CredentialRepository:
         """
         if not order_id:
             raise InvariantViolated(detail="a credential is revoked by an order")
-        c = credentials.c
-        moment, dialect = to_micros(now), self._connection.dialect
-        parts = selected.revocable(selection, dialect, moment, reason)
-        if len(parts) == 1:
-            due = select(c.seq).where(*parts[0]).order_by(c.seq.desc()).limit(limit).correlate(None)
-        else:
-            found = union_all(*(select(c.seq).where(*part) for part in parts)).subquery()
-            due = select(found.c.seq).limit(limit)
-        rows = self._connection.execute(
-            update(credentials)
-            .where(c.seq.in_(due), or_(text(UNREVOKED), selected.on_hold(reason)))
-            .values(
-                state=CredentialState.REVOKED.value,
-                revoked_at=func.coalesce(c.revoked_at, moment),
-                reason=int(reason),
-                comment=comment,
-                singled_out=True if selection.singles_out else c.singled_out,
-                order_id=order_id,
+        moment = to_micros(now)
+        parts = selected.revocable(selection, self._connection.dialect, moment, reason)
+        values = {
+            "state": CredentialState.REVOKED.value,
+            "revoked_at": func.coalesce(credentials.c.revoked_at, moment),
+            "reason": int(reason),
+            "comment": comment,
+            "order_id": order_id,
+            **({"singled_out": True} if selection.singles_out else {}),
+        }
+        allowed = or_(text(UNREVOKED), selected.on_hold(reason))
+        revoked: list[Revocation] = []
+        for due in self._steps(parts, order_id, limit):
+            left = None if limit is None else limit - len(revoked)
+            rows = self._connection.execute(
+                update(credentials)
+                .where(credentials.c.seq.in_(due.limit(left)), allowed)
+                .values(values)
+                .returning(*REVOCATION_COLUMNS)
             )
-            .returning(*REVOCATION_COLUMNS)
-        )
-        revoked = tuple(revocation_from_row(row) for row in rows)
+            revoked.extend(revocation_from_row(row) for row in rows)
+            if len(revoked) == limit:
+                break
         self._outbox.append_all(Topic.REVOCATION, [revocation.id for revocation in revoked])
-        return revoked
+        return tuple(revoked)
+
+    def _steps(
+        self, parts: list[list[selected.Condition]], order_id: str, limit: int | None
+    ) -> Iterator[Select[Any]]:
+        """Where to look for what is due, one place after the other, the newest first.
+
+        Where an index is walked, a step goes on below what its order has revoked, or it would pass
+        over all of that again. Not there alone: what was recorded meanwhile stands above, and
+        where another transaction was slower to commit even in between.
+        """
+        c = credentials.c
+        if len(parts) > 1:
+            found = union_all(*(select(c.seq).where(*part) for part in parts)).subquery()
+            yield select(found.c.seq)
+            return
+        due = select(c.seq).where(*parts[0]).order_by(c.seq.desc()).correlate(None)
+        if limit is not None:
+            own = select(func.min(c.seq)).where(text(ORDERED), c.order_id == order_id)
+            lowest = self._connection.execute(own).scalar()
+            if lowest is not None:
+                yield due.where(c.seq < lowest)
+        yield due
 
     def release(self, order_id: str, now: datetime, limit: int = STEP) -> list[str]:
         """Make valid again what that order revoked for certificateHold and has not expired.
