@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,14 @@ from identity_broker.errors import ConfigError
 
 if TYPE_CHECKING:
     from identity_broker.config.settings import Settings
-    from identity_client.admin import AdminClient
+    from identity_broker.server.probe import Expected
+    from identity_client.admin import AdminClient, Credential
 
 _SKEW_WARN = timedelta(seconds=5)
 _SKEW_FAIL = timedelta(seconds=60)
 _HTTP_TIMEOUT = 5.0
+_SAMPLES = 200
+_SETTLED = timedelta(seconds=5)
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _PUBLIC_FILES = frozenset({"bundle.pem"})
 
@@ -125,6 +129,48 @@ def administration(admin: AdminClient, now: datetime) -> Iterator[Finding]:
     if banned:
         fix = "idb node list --banned"
         yield Finding("nodes", Verdict.WARN, f"{banned} banned", fix)
+
+
+def revocation_status(admin: AdminClient, address: str, now: datetime) -> Iterator[Finding]:
+    """Lists, OCSP and ledger, compared as a stranger would see them: one finding for each."""
+    from identity_broker.server.probe import StatusProbe
+
+    probe = StatusProbe(address)
+    for expected in _expected(admin, now):
+        for seen in probe.look(expected, now):
+            if seen.problem:
+                fix = "the broker's log says why; is the HTTP port the broker's?"
+                yield Finding(seen.check, Verdict.FAIL, seen.problem, fix)
+            else:
+                yield Finding(seen.check, Verdict.OK, seen.detail)
+
+
+def _expected(admin: AdminClient, now: datetime) -> Iterator[Expected]:
+    """What the ledger says of each X.509 authority in use."""
+    from identity_broker.server.probe import Expected
+    from identity_client.admin import CredentialKind, CredentialQuery, CredentialState
+
+    def sampled(state: CredentialState) -> list[Credential]:
+        query = CredentialQuery(states=frozenset({state}), kind=CredentialKind.X509)
+        found = islice(admin.credentials.list(query), _SAMPLES)
+        # What is about to end, or was revoked this moment, may be said of either way.
+        return [
+            one
+            for one in found
+            if one.expires_at is not None
+            and one.expires_at - now > _SETTLED
+            and (one.revoked_at is None or now - one.revoked_at > _SETTLED)
+        ]
+
+    revoked, good = sampled(CredentialState.REVOKED), sampled(CredentialState.ISSUED)
+    for authority in admin.authorities.list():
+        if authority.kind == "x509" and authority.state in {"active", "old"}:
+            yield Expected(
+                authority.id,
+                authority.certificate_chain[0],
+                frozenset(int(one.id, 16) for one in revoked if one.authority_id == authority.id),
+                tuple(int(one.id, 16) for one in good if one.authority_id == authority.id),
+            )
 
 
 def admin_socket(path: Path) -> Iterator[Finding]:

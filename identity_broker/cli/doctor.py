@@ -38,7 +38,8 @@ def doctor(invocation: Invocation, config_file: Path | None, http: str | None) -
     """Say what is wrong and what to do about it.
 
     Looks at the configuration, the admin socket, every dependency the broker names, both clocks,
-    certificate expiries and file permissions. Changes nothing. Exit code 6 when something fails.
+    certificate expiries, file permissions, and whether revocation lists, OCSP and ledger agree.
+    Changes nothing. Exit code 6 when something fails.
     """
     findings = list(_examine(invocation, config_file, http))
     worst = max(findings, key=lambda one: list(Verdict).index(one.verdict), default=None)
@@ -79,18 +80,20 @@ def _examine(
         http = http or state.broker.http_address
         yield from checks.private_files(Path(state.broker.admin_socket).parent)
         yield from checks.admin_socket(Path(state.broker.admin_socket))
-    yield from _administration(invocation)
+    yield from _administration(invocation, http)
     if http is not None:
         yield from checks.readiness(http, now)
 
 
-def _administration(invocation: Invocation) -> Iterator[Finding]:
+def _administration(invocation: Invocation, http: str | None) -> Iterator[Finding]:
     from identity_client.admin import AdminClient
     from identity_client.errors import IdentityError
 
     try:
         with AdminClient(target_of(invocation)) as admin:
             yield from checks.administration(admin, SystemClock().now())
+            if http is not None:
+                yield from checks.revocation_status(admin, http, SystemClock().now())
     except IdentityError as error:
         yield Finding("admin socket", Verdict.FAIL, error.message, error.hint)
 
