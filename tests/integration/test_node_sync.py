@@ -21,7 +21,7 @@ from identity_api.broker.v1 import (
     types_pb2,
 )
 from identity_api.broker.v1 import node_sync_pb2 as pb
-from identity_broker.lifecycle import node_stream, roster
+from identity_broker.lifecycle import acknowledged, node_stream, roster
 from identity_broker.server.app import BoundAddresses, run_broker
 from support.following import FollowingNode, State, applied_by, following
 from support.line import (
@@ -101,7 +101,9 @@ async def test_the_first_message_is_everything(broker: RunningBroker) -> None:
         bundle = follower.state.bundle
         assert bundle is not None
         assert bundle.trust_domain == TRUST_DOMAIN
-        assert len(follower.state.crls) == 1
+        assert follower.state.crls
+        assert message.HasField("denied_authorities")
+        assert not message.denied_authorities.ids
         assert told(follower) == await authorized(node)
 
 
@@ -418,7 +420,7 @@ async def test_a_quiet_stream_has_a_heartbeat(
 async def test_a_node_that_never_acknowledges_is_let_go(
     one_broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_stream, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(acknowledged, "PATIENCE_SECONDS", 0.5)
     node = await one_broker.join("web-1")
     async with following(node, acknowledges=False) as follower:
         started = time.perf_counter()
@@ -429,7 +431,7 @@ async def test_a_node_that_never_acknowledges_is_let_go(
 async def test_a_node_that_never_reads_is_let_go_and_nobody_waits_for_it(
     one_broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_stream, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(acknowledged, "PATIENCE_SECONDS", 2.0)
     broker = one_broker
     stub = await entries_of(broker)
     one, two = await broker.join("web-1"), await broker.join("web-2")
@@ -465,9 +467,9 @@ async def test_changes_that_wait_become_one_message(one_broker: RunningBroker) -
     node = await one_broker.join("web-1")
     async with following(node, acknowledges=False) as follower:
         follower.acknowledge()
-        for number in range(node_stream.WINDOW + 20):
+        for number in range(acknowledged.WINDOW + 20):
             await one_broker.entry(f"/api/{number}", "web-1")
-        for _ in range(node_stream.WINDOW):
+        for _ in range(acknowledged.WINDOW):
             assert len((await follower.update())[0].changed) == 1
         follower.acknowledge()
         [message] = await follower.update()
@@ -479,7 +481,7 @@ async def test_too_much_that_waits_ends_the_stream(
     one_broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_stream, "MOST_WAITING", 10)
-    monkeypatch.setattr(node_stream, "WINDOW", 1)
+    monkeypatch.setattr(acknowledged, "WINDOW", 1)
     node = await one_broker.join("web-1")
     async with following(node, acknowledges=False) as follower:
         for number in range(12):

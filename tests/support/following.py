@@ -13,7 +13,7 @@ import grpc
 
 from identity_api.broker.v1 import node_sync_pb2 as pb
 from identity_api.broker.v1 import node_sync_pb2_grpc, types_pb2
-from support.line import AttestedClient, RunningBroker
+from support.line import TRUST_DOMAIN, AttestedClient, RunningBroker
 
 SECONDS = 15.0
 
@@ -35,6 +35,8 @@ class State:
     entries: dict[str, types_pb2.RegistrationEntry] = field(default_factory=dict)
     bundle: types_pb2.TrustBundle | None = None
     revoked: set[str] = field(default_factory=set)
+    epochs: dict[str, int] = field(default_factory=dict)
+    denied: list[str] | None = None
     crls: list[bytes] = field(default_factory=list)
 
     @property
@@ -88,6 +90,16 @@ class FollowingNode:
         """Acknowledge where the node stands."""
         self.say(pb.SyncRequest(ack=pb.SyncRequest.Ack(revision=self.state.revision)))
 
+    def report(self, **verifiers: int) -> None:
+        """Say who follows through the node: name → the revision it has acknowledged."""
+        told = [
+            pb.SyncRequest.Verifier(
+                name=f"spiffe://{TRUST_DOMAIN}/{name.replace('_', '/')}", revision=revision
+            )
+            for name, revision in verifiers.items()
+        ]
+        self.say(pb.SyncRequest(verifiers=pb.SyncRequest.Verifiers(verifiers=told)))
+
     async def update(self) -> list[pb.SyncResponse]:
         """The messages of one whole update, applied."""
         while True:
@@ -111,14 +123,17 @@ class FollowingNode:
         if first.full:
             assert joined[0].HasField("bundle")
             assert any(message.HasField("lists") for message in joined)
+            assert any(message.HasField("denied_authorities") for message in joined)
+            assert not any(message.released_ids for message in joined)
             state.entries.clear()
             state.revoked.clear()
+            state.epochs.clear()
         else:
             assert first.previous == state.revision, "a gap"
         assert first.revision >= (0 if first.full else state.revision)
         for message in joined:
             assert len(message.changed) <= 500
-            assert len(message.revocations) <= 1000
+            assert len(message.revocations) + len(message.released_ids) <= 1000
             assert message.ByteSize() < 4 * 1024 * 1024
             state.entries.update((entry.id, entry) for entry in message.changed)
             for entry_id in message.removed_ids:
@@ -127,7 +142,13 @@ class FollowingNode:
                 state.bundle = message.bundle
             if message.HasField("lists"):
                 state.crls = list(message.lists.crls)
-            state.revoked.update(item.id for item in message.revocations)
+            revoked = {item.id for item in message.revocations}
+            assert revoked.isdisjoint(message.released_ids)
+            state.revoked.update(revoked)
+            state.revoked.difference_update(message.released_ids)
+            state.epochs.update((one.spiffe_id, one.not_before) for one in message.epochs)
+            if message.HasField("denied_authorities"):
+                state.denied = list(message.denied_authorities.ids)
         state.revision = joined[-1].revision
         assert joined[-1].entries_digest == state.digest
         assert joined[-1].sent_at_ms > 0

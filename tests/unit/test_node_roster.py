@@ -9,7 +9,7 @@ import pytest
 
 from identity_broker.domain import names
 from identity_broker.errors import MalformedRequest, NodeBanned, WatchLagged
-from identity_broker.lifecycle import node_stream
+from identity_broker.lifecycle import acknowledged
 from identity_broker.lifecycle.node_stream import NodeStream
 from identity_broker.lifecycle.roster import MOST_OF_A_NODE, Roster
 from support.store import entry
@@ -164,7 +164,7 @@ def test_messages_are_acknowledged_in_order_and_each_is_timed() -> None:
         one.acknowledge(4)
     assert one.acknowledge(2) == [4.0, 3.0, 2.0]
     assert one.acknowledge(1) == []
-    clock.now += node_stream.PATIENCE_SECONDS - 2
+    clock.now += acknowledged.PATIENCE_SECONDS - 2
     one.check()
     clock.now += 2
     with pytest.raises(WatchLagged):
