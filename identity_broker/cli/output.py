@@ -122,12 +122,14 @@ def moment(value: datetime | None, *, now: datetime | None = None) -> str:
 
 
 def distance(value: datetime | None, now: datetime) -> str:
-    """How far off a time is, in its two largest units: "in 59m 30s", "2d 3h ago"."""
+    """How far off a time is, in its two largest units: "in 59m 30s", "2d 3h ago", "now"."""
     if value is None:
         return "-"
     seconds = round((value - now).total_seconds())
     span = duration(timedelta(seconds=abs(seconds)))
-    return f"in {span}" if seconds >= 0 else f"{span} ago"
+    if not seconds:
+        return "now"
+    return f"in {span}" if seconds > 0 else f"{span} ago"
 
 
 def duration(value: timedelta | None) -> str:

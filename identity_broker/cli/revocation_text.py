@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
@@ -185,8 +186,15 @@ def statement_facts(payload: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {_plain(held)}" for key, held in value.items()) or "-"
-    if isinstance(value, list):
-        return "\n".join(_plain(held) for held in value[:_VERIFIERS]) or "-"
-    return "-" if value in (None, "") else str(value)
+    """A value on one line or several; what is nested is indented."""
+    if isinstance(value, dict) and value:
+        return "\n".join(
+            f"{key}:\n{textwrap.indent(_plain(held), '  ')}"
+            if isinstance(held, (dict, list)) and held
+            else f"{key}: {_plain(held)}"
+            for key, held in value.items()
+        )
+    if isinstance(value, list) and value:
+        more = [f"and {len(value) - _VERIFIERS:,} more"] * (len(value) > _VERIFIERS)
+        return "\n".join([*map(_plain, value[:_VERIFIERS]), *more])
+    return "-" if value in (None, "", {}, []) else str(value)

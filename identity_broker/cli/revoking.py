@@ -126,7 +126,7 @@ def carry_out(
 
 def _tell_durable(revocation: Revocation, milliseconds: int) -> None:
     if revocation.state.value == "running":
-        say(f"ordered, durable after {milliseconds:,} ms: {revocation.id}")
+        say(f"ordered, durable after {milliseconds:,} ms: {revocation.id}; it goes on by itself")
     else:
         revoked = text.count(revocation.revoked, "credential")
         say(f"revoked: {revoked}, durable after {milliseconds:,} ms: {revocation.id}")

@@ -24,9 +24,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from identity_api.broker.v1 import revocation_feed_pb2 as feed_pb
 from identity_api.broker.v1 import revocation_feed_pb2_grpc
+from identity_api.broker.v1 import revocation_pb2 as revocation_pb
 from identity_broker.cli.main import run
 from support.broker import DevBroker, Ran
-from support.losing import losing_answers
+from support.losing import GET, REVOKE, Lost, losing_answers, relaying
 
 Idb = Callable[..., Ran]
 
@@ -287,17 +288,62 @@ def test_a_selection_is_revoked_and_held(idb: Idb, issued: Issued) -> None:
     assert f"held by h-{issued.node}" in idb("entry", "list", "--spiffe-id", issued.path).out
 
 
-def test_a_large_revocation_is_followed_to_its_end(
-    idb: Idb, dev_broker: DevBroker, issued: Issued
-) -> None:
-    """Nothing here is large enough to run on; what is said is the same."""
-    done = idb("revoke", "--node", issued.node, "--yes", "-o", "json")
+def test_a_node_is_put_on_hold(idb: Idb, issued: Issued) -> None:
+    done = idb("revoke", "--node", issued.node, "--comment", "lost", "--yes", "-o", "json")
     assert done.code == 0, done.err
     assert done.json["revocation"]["state"] in ("committed", "closed")
     assert done.json["revocation"]["revoked"] == 2  # the node's own, and the workload's
-    node = dev_broker.admin.nodes.get(done.json["plan"]["subject"]["value"])
-    assert node.banned
-    assert "on hold" in node.ban_reason
+    shown = idb("node", "show", issued.node)
+    assert f"on hold: {done.json['revocation']['id']}" in shown.out
+    assert "unspecified: lost" in shown.out
+    assert idb("node", "show", issued.node, "-o", "json").json["banned"] is True
+
+
+def test_a_large_revocation_is_followed_to_its_end(
+    dev_broker: DevBroker, idb: Idb, issued: Issued, tmp_path: Path
+) -> None:
+    """The broker is done at once; what it says is that it still runs, for a while."""
+    running = 6
+
+    def slowly(method: str, answer: bytes) -> bytes:
+        nonlocal running
+        kinds = {REVOKE: revocation_pb.RevokeResponse, GET: revocation_pb.GetRevocationResponse}
+        if method not in kinds or not running:
+            return answer
+        running -= 1
+        changed = kinds[method].FromString(answer)
+        changed.revocation.state = revocation_pb.REVOCATION_STATE_RUNNING
+        return bytes(changed.SerializeToString())
+
+    relay, admin = tmp_path / "relay.sock", Path(dev_broker.state.broker.admin_socket)
+    with relaying(relay, admin, slowly):
+        done = idb("--socket", str(relay), "revoke", "--serial", issued.serial, "--yes")
+    assert (done.code, running) == (0, 0), done.err
+    said = [line for line in done.err.splitlines() if "revoked" in line or "durable" in line]
+    assert re.fullmatch(r"ordered, durable after [\d,]+ ms: rev-[0-9a-f]{16}; .*", said[1])
+    assert said[2:4] == ["1 of about 1 revoked", "revoked: 1 credential"]
+    assert "running" not in done.out
+
+
+def test_who_has_heard_may_be_unknown(
+    dev_broker: DevBroker, idb: Idb, issued: Issued, tmp_path: Path
+) -> None:
+    """It is revoked: that the broker went away after that is told, and is no failure."""
+
+    def lose(method: str, answer: bytes) -> bytes:
+        if method == GET:
+            raise Lost
+        return answer
+
+    relay, admin = tmp_path / "relay.sock", Path(dev_broker.state.broker.admin_socket)
+    with relaying(relay, admin, lose):
+        revoke = ["revoke", "--serial", issued.serial, "--yes", "-o", "json"]
+        done = idb("--socket", str(relay), *revoke)
+    assert done.code == 0
+    assert done.json["propagation"] is None
+    assert done.json["revoked_ids"] == [issued.serial]
+    assert "it is revoked; who has heard is not known" in done.err
+    assert f"idb revoke status {done.json['revocation']['id']}" in done.err
 
 
 # --- holds ------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_marks_are_words_where_the_encoding_has_no_ticks() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "in 0s"),
+        (0, "now"),
         (59, "in 59s"),
         (-61, "1m 1s ago"),
         (3600, "in 1h"),
