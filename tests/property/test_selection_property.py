@@ -69,7 +69,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 selections = (
     st.sets(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=8)
     .map(lambda chosen: chosen - {"spiffe_id_prefix"} if "spiffe_id" in chosen else chosen)
-    .flatmap(lambda chosen: st.fixed_dictionaries({name: FIELDS[name] for name in chosen}))
+    .flatmap(lambda chosen: st.fixed_dictionaries({name: FIELDS[name] for name in sorted(chosen)}))
     .map(lambda fields: Selection(**fields))
 )
 # What people type, and what they mistype.

@@ -12,7 +12,7 @@ from identity_broker.domain.revocation import IdentityCount, LedgerCount
 from identity_broker.domain.selection import Selection
 from identity_broker.store.mapping import spiffe_id_from
 from identity_broker.store.repositories import selected
-from identity_broker.store.tables import DEAD, EXPIRABLE, credentials
+from identity_broker.store.tables import DEAD, EXPIRABLE, UNANSWERED, credentials
 
 SHOWN_IDENTITIES = 20
 SHOWN_NODES = 100
@@ -75,7 +75,7 @@ def _expired(selection: Selection, connection: Connection, moment: int) -> Selec
     if selected.is_indexed(selection):
         conditions.append(c.not_after <= moment)
     else:
-        # By the index of what is to be marked expired, and of what is.
+        # By the indexes of what is marked expired, of what is still to be, and of what never was.
         newest = [
             select(
                 select(c.seq)
@@ -84,7 +84,7 @@ def _expired(selection: Selection, connection: Connection, moment: int) -> Selec
                 .limit(LOOKED_AT)
                 .subquery()
             )
-            for state in (EXPIRABLE, DEAD)
+            for state in (DEAD, EXPIRABLE, UNANSWERED)
         ]
         conditions.append(c.seq.in_(union_all(*newest)))
     return select(func.count()).select_from(credentials).where(*conditions)
