@@ -28,12 +28,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_der_priv
 from bench.servers import started, write_config
 from identity_api.agent.v1 import agent_pb2, agent_pb2_grpc
 from identity_api.broker.v1 import (
-    credential_pb2,
-    credential_pb2_grpc,
     entry_pb2,
     entry_pb2_grpc,
     node_sync_pb2,
     node_sync_pb2_grpc,
+    revocation_pb2,
+    revocation_pb2_grpc,
     types_pb2,
 )
 from identity_broker.config.settings import Settings
@@ -142,7 +142,7 @@ class Admin:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._entries: Any = entry_pb2_grpc.EntryStub(channel)
         self._sync: Any = node_sync_pb2_grpc.NodeSyncStub(channel)
-        self._credentials: Any = credential_pb2_grpc.CredentialStub(channel)
+        self._revocations: Any = revocation_pb2_grpc.RevocationStub(channel)
 
     @classmethod
     @asynccontextmanager
@@ -187,7 +187,9 @@ class Admin:
 
     async def revoke(self, serial: str) -> None:
         """Revoke one X.509-SVID."""
-        await self._credentials.Revoke(credential_pb2.RevokeCredentialRequest(id=serial))
+        kind = revocation_pb2.SUBJECT_KIND_SERIAL
+        subject = revocation_pb2.RevocationSubject(kind=kind, value=serial)
+        await self._revocations.Revoke(revocation_pb2.RevokeRequest(subject=subject))
 
     async def applied(self, *node_ids: str) -> int:
         """Wait until every connected node has applied what was changed; how many are connected."""

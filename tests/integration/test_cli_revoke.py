@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 import pytest
@@ -307,7 +308,10 @@ def test_a_large_revocation_is_followed_to_its_end(
 
     def slowly(method: str, answer: bytes) -> bytes:
         nonlocal running
-        kinds = {REVOKE: revocation_pb.RevokeResponse, GET: revocation_pb.GetRevocationResponse}
+        kinds: dict[str, Any] = {
+            REVOKE: revocation_pb.RevokeResponse,
+            GET: revocation_pb.GetRevocationResponse,
+        }
         if method not in kinds or not running:
             return answer
         running -= 1

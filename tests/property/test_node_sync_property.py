@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spiffe import TrustDomain
 
-from identity_api.broker.v1 import credential_pb2, node_sync_pb2, types_pb2
+from identity_api.broker.v1 import credential_pb2, node_sync_pb2, revocation_feed_pb2, types_pb2
 from identity_client._wire.sync import UpdateReader
 from identity_client.errors import ProtocolViolation
 from identity_client.node import SyncUpdate, entry_digest
@@ -58,7 +58,7 @@ def messages(draw: st.DrawFn) -> node_sync_pb2.SyncResponse:
         )
     if draw(st.booleans()):
         message.revocations.append(
-            credential_pb2.Revocation(
+            revocation_feed_pb2.RevokedCredential(
                 id=draw(names),
                 kind=draw(st.sampled_from(credential_pb2.CredentialKind.values())),
                 revoked_at=draw(numbers),
