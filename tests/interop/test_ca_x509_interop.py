@@ -27,7 +27,8 @@ from spiffe import X509Bundle, X509Svid
 
 from identity_ca.authority_certificate import build_root
 from identity_ca.bundle import TrustBundle
-from identity_ca.crl import RevokedEntry, build_crl
+from identity_ca.crl import RevokedEntry, build_crl, encode_entry, encode_removal, sign_crl
+from identity_ca.distribution import DistributionPoints
 from identity_ca.issuer import X509Credential, X509Issuer
 from identity_ca.keys import KeyAlgorithm
 from identity_ca.profile import WORKLOAD
@@ -46,6 +47,8 @@ from support.ca_material import TRUST_DOMAIN, WORKLOAD_ID, signing_key
 # OpenSSL and TLS stacks look at the real clock.
 NOW = datetime.now(UTC)
 OPENSSL = shutil.which("openssl") or "openssl"
+
+POINTS = DistributionPoints("http://idb.example.org:8082", 64)
 
 ALGORITHMS = [KeyAlgorithm.EC_P256, KeyAlgorithm.EC_P384, KeyAlgorithm.RSA_2048]
 
@@ -66,7 +69,15 @@ class Issued:
         self.issuer = X509Issuer(
             authority_id="a", trust_domain=TRUST_DOMAIN, key=ca_key, chain=[self.intermediate]
         )
+        self.pointing = X509Issuer(
+            authority_id="a",
+            trust_domain=TRUST_DOMAIN,
+            key=ca_key,
+            chain=[self.intermediate],
+            points=POINTS,
+        )
         self.good, self.revoked = self._issue(algorithm), self._issue(algorithm)
+        pointing = self._issue(algorithm, self.pointing)
         self.crl = build_crl(
             issuer=self.issuer,
             entries=[RevokedEntry(int(self.revoked.serial, 16), NOW, 1), RevokedEntry(7, NOW)],
@@ -85,6 +96,10 @@ class Issued:
             next_update=NOW + HOUR,
         )
         self.files = {
+            "pointing": _pem(pointing.chain[:1]),
+            "full_crl": self._crl(delta_url=POINTS.delta_url("a")),
+            "part_crl": self._crl(scope_url=POINTS.shard_urls("a")[5]),
+            "delta_crl": self._crl(base_number=3),
             "root": self.root.public_bytes(Encoding.PEM),
             "intermediate": self.intermediate.public_bytes(Encoding.PEM),
             "leaf": _pem(self.good.chain[:1]),
@@ -104,9 +119,28 @@ class Issued:
     def path(self, name: str) -> str:
         return str(self.folder / f"{name}.pem")
 
-    def _issue(self, algorithm: KeyAlgorithm) -> X509Credential:
-        return self.issuer.sign(
-            self.issuer.prepare(
+    def _crl(
+        self, *, scope_url: str = "", delta_url: str = "", base_number: int | None = None
+    ) -> bytes:
+        entries = [encode_entry(RevokedEntry(int(self.revoked.serial, 16), NOW, 6))]
+        if base_number is not None:
+            entries.append(encode_removal(7, NOW))
+        der = sign_crl(
+            issuer=self.issuer,
+            encoded_entries=entries,
+            number=4,
+            this_update=NOW,
+            next_update=NOW + HOUR,
+            scope_url=scope_url,
+            delta_url=delta_url,
+            base_number=base_number,
+        )
+        return x509.load_der_x509_crl(der).public_bytes(Encoding.PEM)
+
+    def _issue(self, algorithm: KeyAlgorithm, issuer: X509Issuer | None = None) -> X509Credential:
+        issuer = issuer or self.issuer
+        return issuer.sign(
+            issuer.prepare(
                 csr=csr_der(algorithm),
                 spiffe_id=WORKLOAD_ID,
                 profile=WORKLOAD,
@@ -253,15 +287,20 @@ def only_scheme(spiffe_id: str) -> set[tuple[str, str]]:
     return {("pkix.invalid_uri_syntax", f'Invalid URI syntax: "{spiffe_id}"')}
 
 
-@pytest.mark.parametrize("name", ["leaf", "intermediate", "root"])
+@pytest.mark.parametrize("name", ["leaf", "pointing", "intermediate", "root"])
 def test_pkilint_finds_nothing_in_certificates(issued: Issued, name: str) -> None:
-    expected = only_scheme(str(WORKLOAD_ID if name == "leaf" else TRUST_DOMAIN.id))
+    expected = only_scheme(str(WORKLOAD_ID if name in ("leaf", "pointing") else TRUST_DOMAIN.id))
     assert findings("lint_pkix_cert", issued.path(name)) == expected
 
 
 def test_pkilint_finds_nothing_in_crls(issued: Issued) -> None:
     assert findings("lint_crl", "-t", "CRL", "-p", "PKIX", issued.path("crl")) == set()
     assert findings("lint_crl", "-t", "ARL", "-p", "PKIX", issued.path("root_crl")) == set()
+
+
+@pytest.mark.parametrize("kind", ["full", "part", "delta"])
+def test_pkilint_finds_nothing_in_any_kind_of_crl(issued: Issued, kind: str) -> None:
+    assert findings("lint_crl", "-t", "CRL", "-p", "PKIX", issued.path(f"{kind}_crl")) == set()
 
 
 @pytest.fixture
