@@ -383,38 +383,35 @@ def _ack(sequence: int) -> pb.FollowRequest:
     return pb.FollowRequest(ack=pb.FollowRequest.Ack(sequence=sequence))
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        (_ack(1), []),
-        (pb.FollowRequest(), []),
-        (pb.FollowRequest(hello=pb.FollowRequest.Hello(name="a b")), []),
-        (pb.FollowRequest(hello=pb.FollowRequest.Hello(name="n" * 65)), []),
-        (pb.FollowRequest(hello=pb.FollowRequest.Hello(name="../x")), []),
-        (pb.FollowRequest(hello=pb.FollowRequest.Hello(version="v" * 65)), []),
-        (pb.FollowRequest(hello=pb.FollowRequest.Hello(version="a\nb")), []),
-        (HELLO, [HELLO]),
-        (HELLO, [pb.FollowRequest()]),
-        (HELLO, [_ack(10_000_000)]),
-    ],
-)
-async def test_what_a_verifier_may_not_say(
-    broker: RunningBroker, first: pb.FollowRequest, then: list[pb.FollowRequest]
-) -> None:
+BAD: list[list[pb.FollowRequest]] = [
+    [_ack(1)],
+    [pb.FollowRequest()],
+    [pb.FollowRequest(hello=pb.FollowRequest.Hello(name="a b"))],
+    [pb.FollowRequest(hello=pb.FollowRequest.Hello(name="n" * 65))],
+    [pb.FollowRequest(hello=pb.FollowRequest.Hello(name="../x"))],
+    [pb.FollowRequest(hello=pb.FollowRequest.Hello(version="v" * 65))],
+    [pb.FollowRequest(hello=pb.FollowRequest.Hello(version="a\nb"))],
+    [HELLO, HELLO],
+    [HELLO, pb.FollowRequest()],
+    [HELLO, _ack(10_000_000)],
+]
+
+
+async def test_what_a_verifier_may_not_say(broker: RunningBroker) -> None:
     stub: Any = revocation_feed_pb2_grpc.RevocationFeedStub(await broker.admin())
 
-    async def say() -> AsyncIterator[pb.FollowRequest]:
-        yield first
-        for request in then:
+    async def say(requests: list[pb.FollowRequest]) -> AsyncIterator[pb.FollowRequest]:
+        for request in requests:
             yield request
         await asyncio.sleep(5)
 
-    call = stub.Follow(say())
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        async with asyncio.timeout(5):
-            async for _ in call:
-                pass
-    assert reason_of(refused.value) == "MALFORMED_REQUEST"
+    for requests in BAD:
+        call = stub.Follow(say(requests))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async with asyncio.timeout(5):
+                async for _ in call:
+                    pass
+        assert reason_of(refused.value) == "MALFORMED_REQUEST", requests
 
 
 async def test_a_verifier_that_says_no_more_is_gone(broker: RunningBroker) -> None:
