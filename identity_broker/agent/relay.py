@@ -42,6 +42,7 @@ MOST_OCTETS: Final = 4 * 1024 * 1024
 """And their size; the newest is always remembered."""
 
 _SPREAD_MS: Final = 1000
+_LAST_WORD_SECONDS: Final = 1.0  # for the message that is being written when a stream is to end
 _TICK_SECONDS: Final = 1.0
 _KEEP_FULL_SECONDS: Final = 10.0
 _MOST_REVOKED: Final = 1000  # in a message: 3 ms of work
@@ -77,9 +78,11 @@ class _Full:
         self.number = number
         self.used = tick
         change = DeniedChange(epochs=denied.epochs, authorities=denied.authorities)
-        self._others = list(_joined(_parts(change))) or [b""]
+        self._others = list(_joined(_parts(change)))
         self._credentials = denied.credentials()
         self._revoked: list[bytes | None] = [None] * (-(-len(self._credentials) // _MOST_REVOKED))
+        # The last of the others goes with the first of the revoked: mostly one message is enough.
+        self._both = self._others.pop() if self._revoked else b""
 
     def __len__(self) -> int:
         """Messages."""
@@ -94,6 +97,8 @@ class _Full:
         if part is None:
             start = place * _MOST_REVOKED
             part = wire.revoked(self._credentials.part(start, start + _MOST_REVOKED))
+            if not place:
+                part += self._both
             self._revoked[place] = part
         return part
 
@@ -133,6 +138,8 @@ class Follower:
         self._told = stand
         self._woken = asyncio.Event()
         self._done = False
+        self._refusal: BrokerError | None = None
+        self._refused_at = 0.0
 
     # --- telling ------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class Follower:
 
     async def _room(self) -> bool:
         """Wait until one more message may be under way; False when there is to be none."""
+        self._raise()
         while len(self._under_way) >= WINDOW and not self._done:
             await self._pause()
         return not self._done
@@ -199,6 +207,7 @@ class Follower:
             WatchLagged: it is not remembered any more.
         """
         while not self._done:
+            self._raise()
             step = self._relay.step(self._number)
             if step is not None:
                 return step
@@ -208,6 +217,11 @@ class Follower:
     async def _pause(self) -> None:
         self._woken.clear()
         await self._woken.wait()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
     def wake(self) -> None:
         """There is something new."""
@@ -222,7 +236,7 @@ class Follower:
             MalformedRequest: it was sent no such message.
         """
         before, waited = self.acknowledged, len(self._under_way)
-        if sequence > self._told or not waited:
+        if not waited or not self._under_way[0].sequence <= sequence <= self._told:
             raise MalformedRequest(f"there is no message {sequence} to be acknowledged")
         while self._under_way and self._under_way[0].sequence < sequence:
             self._applied()
@@ -243,15 +257,24 @@ class Follower:
         self._done = True
         self.wake()
 
-    def end(self, refusal: BrokerError) -> None:
-        """End its stream."""
-        self._end(refusal)
+    def refuse(self, refusal: BrokerError) -> None:
+        """End its stream. The first refusal counts."""
+        if self._refusal is None:
+            self._refusal = refusal
+            self._refused_at = monotonic()
+            self.wake()
 
     def check(self, tick: float) -> None:
         """Let it go if it does not keep up."""
-        late = tick - self._under_way[0].handed_at if self._under_way else 0.0
-        if late > PATIENCE_SECONDS:
-            self.end(WatchLagged(detail=f"{self.name} acknowledged nothing for {late:.0f} s"))
+        if self._refusal is not None:
+            if tick - self._refused_at > _LAST_WORD_SECONDS:
+                self._end(self._refusal)  # It does not read, so it cannot be told.
+        elif self._under_way:
+            late = tick - self._under_way[0].handed_at
+            if late > PATIENCE_SECONDS:
+                self.refuse(
+                    WatchLagged(detail=f"{self.name} acknowledged nothing for {late:.0f} s")
+                )
 
 
 class Relay:
@@ -453,7 +476,7 @@ class Relay:
         self._full = None
         self.sequence = revision
         for follower in tuple(self._followers):
-            follower.end(WatchLagged("the broker went back to an older state"))
+            follower.refuse(WatchLagged("the broker went back to an older state"))
 
 
 def _parts(change: DeniedChange) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, Final, Protocol, cast
 
@@ -90,8 +90,8 @@ class RevocationFeed:
             follower = self._relay.join(named, caller.uid, resume_from, end)
             # Beside this generator, which may be stuck in sending.
             beside = [
-                _beside(self._rename(names, caller, follower), end),
-                _beside(_read(requests, follower), end),
+                _beside(self._rename(names, caller, follower), follower),
+                _beside(_read(requests, follower), follower),
             ]
             try:
                 async with aclosing(cast("Any", follower.messages())) as messages:
@@ -109,10 +109,8 @@ class RevocationFeed:
             self._relay.rename(follower, _named(caller, name))
 
 
-def _beside(
-    work: Coroutine[Any, Any, None], end: Callable[[BrokerError], None]
-) -> asyncio.Task[None]:
-    """Work beside a stream; what it raises ends the stream."""
+def _beside(work: Coroutine[Any, Any, None], follower: Follower) -> asyncio.Task[None]:
+    """Work beside a follower's stream; what it raises ends the stream."""
 
     def ended(task: asyncio.Task[None]) -> None:
         if task.cancelled() or (error := task.exception()) is None:
@@ -121,7 +119,7 @@ def _beside(
             bug = InvariantViolated(detail=f"{type(error).__name__}: {error}")
             bug.__cause__ = error
             error = bug
-        end(error)
+        follower.refuse(error)
 
     task = asyncio.create_task(work, name="follower")
     task.add_done_callback(ended)
