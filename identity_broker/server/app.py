@@ -141,6 +141,7 @@ class Broker:
         self._directory.listen(self._on_update)
         self._spawn(self._directory.follow())
         self._spawn(self._revocation_lists.run())
+        self._spawn(self._resume())
         resources.push_async_callback(self._end_following)
         jobs = Jobs(self._job_table(), self._metrics)
         jobs.start()
@@ -308,8 +309,14 @@ class Broker:
                 # One that was revoked signed our own certificate, maybe.
                 await self._rotate_server.run()
                 self._trust.publish()
+                await self._trust.write_file()
         except BrokerError as error:
             _log.error("authorities not taken over", reason=error.reason, detail=error.detail)
+
+    async def _resume(self) -> None:
+        """Go on at once with what a crash cut off; the job does it from then on."""
+        with suppress(BrokerError):  # it was logged
+            await self._revoke.resume()
 
     async def _replace_own(self) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Final
 from identity_broker.config.settings import RevocationSettings, Settings
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.selector_syntax import SelectorSyntax
+from identity_broker.errors import ConfigError
 from identity_broker.lifecycle.attest import Attest
 from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
 from identity_broker.lifecycle.crl.lists import GATHER, RevocationLists
@@ -174,6 +175,8 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         # Those who call with the new bundle find a certificate that holds by it.
         await rotate_server.run()
         trust.publish()
+        with suppress(ConfigError):  # the job that writes it says so
+            await trust.write_file()
 
     revoke = Revoke(store, directory, clock, issue.settled, revoke_authority=revoke_authority)
     resources.push_async_callback(revoke.close)

@@ -26,6 +26,7 @@ from identity_api.broker.v1 import (
     node_attestation_pb2_grpc,
     node_pb2,
     node_pb2_grpc,
+    revocation_pb2,
     types_pb2,
 )
 from identity_broker.attestors.node.join_token import JoinTokenAttestor, new_token, token_hash
@@ -346,6 +347,7 @@ async def test_bad_texts_are_refused_and_named(tmp_path: Path) -> None:
         entries = await broker.stub(entry_pb2_grpc.EntryStub)
         nodes = await broker.stub(node_pb2_grpc.NodeStub)
         credentials = await broker.stub(credential_pb2_grpc.CredentialStub)
+        revocations = await broker.revocations()
         for bad in ("\x00", "a\nb", "\x1b[2J", "\u202e"):
             for call, field in (
                 (entries.Get(entry_pb2.GetEntryRequest(id=bad)), "id"),
@@ -357,7 +359,8 @@ async def test_bad_texts_are_refused_and_named(tmp_path: Path) -> None:
                     "node_name",
                 ),
                 (credentials.Get(credential_pb2.GetCredentialRequest(id=bad)), "id"),
-                (credentials.Revoke(credential_pb2.RevokeCredentialRequest(id=bad)), "id"),
+                (revocations.Get(revocation_pb2.GetRevocationRequest(id=bad)), "id"),
+                (revocations.LiftHold(revocation_pb2.LiftHoldRequest(name=bad)), "name"),
                 (
                     credentials.List(credential_pb2.ListCredentialsRequest(entry_id=bad)),
                     "entry_id",

@@ -636,6 +636,7 @@ async def test_a_call_does_not_wait_for_a_very_large_order(
     with pytest.raises(EntryNotAuthorized):
         await parts.svid()
     # Whoever asks again waits for the same work.
+    monkeypatch.setattr(revoke_module, "_PATIENCE_SECONDS", 5.0)
     again = asyncio.create_task(parts.end(SubjectKind.SPIFFE_ID, API, id="night"))
     go_on.set()
     assert (await again).order.state is OrderState.COMMITTED

@@ -19,8 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from identity_broker.lifecycle import orders
 from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.holds import Holds
+from identity_broker.lifecycle.issue import Issue
+from identity_broker.lifecycle.orders import Orders
 from identity_broker.lifecycle.record import Record
+from identity_broker.lifecycle.rotate import RotateAuthorities
 from identity_broker.server.app import BoundAddresses, run_broker
 from identity_broker.signing import Signing
 from identity_broker.store import Store
@@ -41,6 +46,12 @@ POINTS: dict[str, tuple[type, str]] = {
     "conclude": (Record, "conclude"),
     "write": (Store, "_write"),
     "sync": (Directory, "sync"),
+    "open": (Orders, "open"),
+    "settled": (Issue, "settled"),
+    "advance": (Orders, "advance"),
+    "sweep": (Orders, "sweep"),
+    "replace": (RotateAuthorities, "revoke"),
+    "lift": (Holds, "lift"),
 }
 
 
@@ -101,6 +112,7 @@ async def _main(directory: Path, point: str, count: int) -> None:
     _log_signatures(X509Issuer, log, lambda item: str(item.serial))
     _log_signatures(JwtIssuer, log, lambda item: str(item.jti))
     settings = settings_in(directory, ledger={"unconfirmed_after": "5s"})
+    orders.STEP = 3  # a revocation of some has steps to die between
 
     if point != "none":
         name, _, when = point.partition(":")
