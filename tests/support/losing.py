@@ -29,7 +29,9 @@ class _Relay(grpc.GenericRpcHandler):
         self._broker = broker
         self._change = change
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         """Return the handler of whatever method."""
         method = handler_call_details.method
         forward: Any = self._broker.unary_unary(method)
