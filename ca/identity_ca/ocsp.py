@@ -36,7 +36,7 @@ from identity_ca.der import (
 )
 from identity_ca.errors import ProfileViolation
 from identity_ca.keys import SigningKey, spki_der
-from identity_ca.template import encode_extension, signature_algorithm_der
+from identity_ca.template import signature_algorithm_der
 
 __all__ = [
     "MAX_REQUESTS",
@@ -271,6 +271,7 @@ def refusal(status: ResponseStatus) -> bytes:
     return element(SEQUENCE, bytes((0x0A, 1, status)))
 
 
+_NONCE_OID: Final = encode_oid(OCSPExtensionOID.NONCE.dotted_string)
 _BASIC: Final = encode_oid("1.3.6.1.5.5.7.48.1.1")
 _GOOD: Final = b"\x80\x00"
 _UNKNOWN: Final = b"\x82\x00"
@@ -312,9 +313,8 @@ class OcspSigner:
         """
         extensions = b""
         if nonce is not None:
-            extension = encode_extension(
-                OCSPExtensionOID.NONCE, element(OCTET_STRING, nonce), critical=False
-            )
+            value = element(OCTET_STRING, element(OCTET_STRING, nonce))
+            extension = element(SEQUENCE, _NONCE_OID + value)
             extensions = element(0xA1, element(SEQUENCE, extension))
         data = element(
             SEQUENCE,
