@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from identity_broker.errors import AuthorityNotFound, BrokerError, SigningBackendUnavailable
 from identity_broker.lifecycle.crl.document import ListDocument, ListKind
@@ -116,19 +117,22 @@ class AuthorityLists:
             )
         common = shard.of == points.shards
 
-        async def make() -> ListDocument:
+        def make() -> Coroutine[Any, Any, ListDocument]:
             if not common and time.monotonic() < self._uncommon_not_before:
                 raise SigningBackendUnavailable(retry_after=_RETRY_SECONDS)
-            entries, count = self.entries.part(shard)
-            document = await self._press.print(
-                self.authority, ListKind.SHARD, entries, count, shard=shard
-            )
-            if not common:
-                rest = self._press.busy_seconds * _REST_FOR_WORK
-                self._uncommon_not_before = time.monotonic() + rest
-            return document
+            return self._print_part(shard, common=common)
 
         return await self._kept_or(shard, lambda: (self.entries.part_position(shard), 0), make)
+
+    async def _print_part(self, shard: Shard, *, common: bool) -> ListDocument:
+        entries, count = self.entries.part(shard)
+        document = await self._press.print(
+            self.authority, ListKind.SHARD, entries, count, shard=shard
+        )
+        if not common:
+            rest = self._press.busy_seconds * _REST_FOR_WORK
+            self._uncommon_not_before = time.monotonic() + rest
+        return document
 
     async def delta(self) -> ListDocument:
         """What changed since a full list, made now if need be.
@@ -137,11 +141,11 @@ class AuthorityLists:
             AuthorityUnavailable, StoreUnavailable, SigningBackendUnavailable: there is none now.
         """
 
-        async def make() -> ListDocument:
+        def make() -> Coroutine[Any, Any, ListDocument]:
             for base, position in self._bases:
                 changes = self.entries.changes_since(position)
                 if changes is not None:
-                    return await self._press.print(
+                    return self._press.print(
                         *(self.authority, ListKind.DELTA, changes, len(changes)),
                         base_number=base.number,
                     )
@@ -158,8 +162,9 @@ class AuthorityLists:
         self,
         key: _Key,
         position: Callable[[], _Position],
-        make: Callable[[], Awaitable[ListDocument]],
+        make: Callable[[], Coroutine[Any, Any, ListDocument]],
     ) -> ListDocument:
+        """The list kept under `key`, or what `make` makes; what `make` itself refuses is final."""
         if (found := self._current(key, position())) is not None:
             return found
         async with self._signing:
@@ -167,19 +172,23 @@ class AuthorityLists:
             now_at = position()
             if (found := self._current(key, now_at)) is not None:
                 return found
+            making = make()
             try:
-                if time.monotonic() < self._retry_at:
-                    raise SigningBackendUnavailable(retry_after=_RETRY_SECONDS)
-                document = await make()
+                document = await self._tried(making)
             except BrokerError as error:
+                self._hold_off(key, error)
                 former = self._kept.get(key)
                 if former is None or former.document.next_update <= self._press.now():
-                    self._hold_off(key, error)
                     raise
-                self._hold_off(key, error)
                 return former.document
             self._keep(key, _Kept(document, now_at))
             return document
+
+    async def _tried(self, making: Coroutine[Any, Any, ListDocument]) -> ListDocument:
+        if time.monotonic() < self._retry_at:
+            making.close()
+            raise SigningBackendUnavailable(retry_after=_RETRY_SECONDS)
+        return await making
 
     def _current(self, key: _Key, position: _Position) -> ListDocument | None:
         kept = self._kept.get(key)
@@ -199,7 +208,7 @@ class AuthorityLists:
             octets -= len(gone.document.der)
 
     def _hold_off(self, key: _Key, error: BrokerError) -> None:
-        if time.monotonic() < self._retry_at or isinstance(error, AuthorityNotFound):
+        if time.monotonic() < self._retry_at:
             return
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         _log.warning(
