@@ -288,7 +288,12 @@ def test_a_client_that_expired_on_an_open_connection_is_refused(
 def test_a_revoked_server_refuses_to_serve(
     domain: FakeTrustDomain, web: FakeIdentitySource, api: FakeIdentitySource
 ) -> None:
-    with echo_server(api, [WEB]) as address, secure_channel(web, address, peer=API) as channel:
+    ignorant = FrozenSource(web.snapshot(), domain.source(WEB))
+    domain.sources.pop()  # It hears nothing of revocations.
+    with (
+        echo_server(api, [WEB]) as address,
+        secure_channel(ignorant, address, peer=API) as channel,
+    ):
         echo = channel.unary_unary(NAMES["unary_unary"])
         echo(b"x")
         domain.revoke(api)

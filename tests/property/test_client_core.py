@@ -15,12 +15,12 @@ from spiffe import JwtSvid, SpiffeId
 from identity_ca import spiffe_id as strict
 from identity_ca.errors import SpiffeIdError
 from identity_client.credential import IdentitySnapshot
-from identity_client.errors import SettingsInvalid
+from identity_client.errors import PeerRevoked, SettingsInvalid
 from identity_client.jwt_cache import CachedToken, JwtCache
 from identity_client.naming import parse_spiffe_id, parse_trust_domain, server_name
 from identity_client.renewal import MAX_DELAY, is_urgent, renewal_due, retry_delay
 from identity_client.revocation import DenySet, RevokedCredential
-from identity_client.rotation import Generation, Rotation
+from identity_client.rotation import Generation, Pins, Rotation
 from identity_client.testing import FakeTrustDomain
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -72,34 +72,6 @@ def test_a_retry_is_neither_hasty_nor_late(
 def test_delays_grow_with_failures(roll: float) -> None:
     delays = [retry_delay(n, dice=roll) for n in range(1, 12)]
     assert delays == sorted(delays)
-
-
-# --- the deny set ------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from("abcdefgh"), st.integers(-5, 20), st.integers(0, 3)), max_size=40
-    )
-)
-def test_the_deny_set_holds_exactly_what_was_revoked_and_has_not_expired(
-    steps: list[tuple[str, int, int]],
-) -> None:
-    denied, model, now = DenySet(), dict[str, datetime](), START
-    for credential, life, passed in steps:
-        now += timedelta(seconds=passed)
-        expires = now + timedelta(seconds=life)
-        revoked = RevokedCredential(id=credential, spiffe_id="spiffe://a/b", expires_at=expires)
-        model = {known: end for known, end in model.items() if end > now}
-        fresh = denied.add([revoked], now=now)
-        # As the broker has it: a credential's expiry is one and the same however often it is told.
-        if life > 0 and credential not in model:
-            model[credential] = expires
-            assert fresh == (revoked,)
-        else:
-            assert fresh == ()
-        assert {c for c in "abcdefgh" if c in denied} == set(model)
-        assert len(denied) == len(model)
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -203,13 +175,30 @@ class RotationMachine(RuleBasedStateMachine):
         self.closed: list[str] = []
         self.calls: list[Generation[str]] = []
         self.finished = False
+        self.pins: Pins | None = None
+        self.version = 0
         self.rotation: Rotation[str] = Rotation(
             lambda: self.snapshot, self._open, self.closed.append
         )
 
-    def _open(self, snapshot: IdentitySnapshot) -> str:
-        self.opened.append(f"connection {snapshot.revision}")
+    def _open(self, snapshot: IdentitySnapshot, pins: Pins | None) -> str:
+        version = pins.version if pins else 0
+        self.opened.append(f"{len(self.opened)}: {snapshot.revision}, {version}")
         return self.opened[-1]
+
+    @rule(pinned=st.booleans())
+    def pin(self, pinned: bool) -> None:
+        self.version += 1
+        self.pins = Pins(self.version) if pinned else None
+
+    @rule()
+    def cut(self) -> None:
+        self.rotation.cut(lambda one: one.pins is not self.pins, PeerRevoked())
+        self.doomed = [call for call in self.calls if call.pins is not self.pins]
+        assert self.finished or all(call.cut_because is not None for call in self.doomed)
+        for call in self.doomed:
+            self.calls.remove(call)
+            self.rotation.release(call)
 
     @rule()
     def rotate(self) -> None:
@@ -218,8 +207,9 @@ class RotationMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.finished)
     @rule()
     def call(self) -> None:
-        generation = self.rotation.acquire()
-        assert generation.connection == f"connection {self.snapshot.revision}"
+        generation = self.rotation.acquire(self.pins)
+        version = self.pins.version if self.pins else 0
+        assert generation.connection.endswith(f": {self.snapshot.revision}, {version}")
         assert generation.connection not in self.closed
         self.calls.append(generation)
 

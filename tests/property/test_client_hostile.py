@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spiffe import TrustDomain
 
-from identity_api.broker.v1 import credential_pb2, types_pb2
+from identity_api.broker.v1 import types_pb2
 from identity_client._wire.convert import (
     bundle_from_wire,
     entries_from_wire,
-    revocations_from_wire,
 )
 from identity_client._wire.status import error_from_item, error_from_rpc
 from identity_client.clock import utc_now
@@ -97,13 +96,11 @@ def test_bundles(name: str, authorities: list[bytes], keys: list[bytes], sequenc
 
 
 @given(st.text(max_size=40), st.integers(-(2**63), 2**63 - 1))
-def test_entries_and_revocations(text: str, moment: int) -> None:
+def test_entries(text: str, moment: int) -> None:
     with suppress(IdentityError):
         entries_from_wire(
             [types_pb2.RegistrationEntry(spiffe_id=text, expires_at=moment)], now=utc_now()
         )
-    with suppress(IdentityError):
-        revocations_from_wire([credential_pb2.Revocation(id=text, expires_at=moment)])
 
 
 @given(

@@ -233,7 +233,7 @@ def test_a_list_of_a_version_that_there_is_not_says_nothing() -> None:
 def test_a_list_denies_by_name_and_key() -> None:
     denied = DenySet()
     ours = Issuer(b"name", b"key")
-    denied.replace_lists([RevocationList(ours, frozenset({"01ab"}))])
+    denied.replace_lists([RevocationList.of(ours, ["01ab"])], now=utc_now())
     assert denied.denies("01ab", ours)
     assert denied.denies("01ab", Issuer(b"name", b""))
     assert not denied.denies("01ac", ours)
@@ -241,7 +241,7 @@ def test_a_list_denies_by_name_and_key() -> None:
     assert not denied.denies("01ab", Issuer(b"other", b"key"))
     assert not denied.denies("01ab", None)
     assert len(denied) == 1
-    denied.replace_lists([])
+    denied.replace_lists([], now=utc_now())
     assert not denied.denies("01ab", ours)
 
 

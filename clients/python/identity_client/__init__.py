@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         PeerExpired,
         PeerRejected,
         PeerRevoked,
+        RevocationsStale,
         SettingsInvalid,
         SourceClosed,
         SourceError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from identity_client.holder import SourceState, SourceStatus
     from identity_client.peer import Peer
     from identity_client.source import IdentitySource
+    from identity_client.staleness import StalenessPolicy
     from identity_client.tls import (
         SnapshotSource,
         client_ssl_context,
@@ -64,12 +66,14 @@ __all__ = [
     "PeerRejected",
     "PeerRevoked",
     "PeerRule",
+    "RevocationsStale",
     "SettingsInvalid",
     "SnapshotSource",
     "SourceClosed",
     "SourceError",
     "SourceState",
     "SourceStatus",
+    "StalenessPolicy",
     "X509Material",
     "aio",
     "any_of_trust_domain",
@@ -96,12 +100,14 @@ _HOMES = {
     "PeerRejected": "identity_client.errors",
     "PeerRevoked": "identity_client.errors",
     "PeerRule": "identity_client.authorization",
+    "RevocationsStale": "identity_client.errors",
     "SettingsInvalid": "identity_client.errors",
     "SnapshotSource": "identity_client.tls",
     "SourceClosed": "identity_client.errors",
     "SourceError": "identity_client.errors",
     "SourceState": "identity_client.holder",
     "SourceStatus": "identity_client.holder",
+    "StalenessPolicy": "identity_client.staleness",
     "X509Material": "identity_client.credential",
     "any_of_trust_domain": "identity_client.authorization",
     "below": "identity_client.authorization",

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from spiffe import JwtSvid
 
+from identity_client.jwt_check import is_revoked
 from identity_client.renewal import renewal_due
 from identity_client.revocation import DenySet
 
@@ -69,7 +70,8 @@ class JwtCache:
         cached = self._tokens.get(key)
         if cached is None:
             return None
-        if cached.jti in denied or now + _MIN_LEFT >= cached.expires_at:
+        revoked = cached.jti in denied or is_revoked(cached.svid, denied)
+        if revoked or now + _MIN_LEFT >= cached.expires_at:
             del self._tokens[key]
             return None
         self._tokens.move_to_end(key)

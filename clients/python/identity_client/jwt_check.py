@@ -12,7 +12,7 @@ from identity_client.credential import IdentitySnapshot
 from identity_client.errors import ObjectNotFound, PeerRejected, PeerRevoked
 from identity_client.revocation import DenySet
 
-__all__ = ["verify_jwt_svid", "verify_with"]
+__all__ = ["is_revoked", "verify_jwt_svid", "verify_with"]
 
 
 def verify_with(
@@ -46,23 +46,24 @@ def verify_jwt_svid(token: str, audience: str, *, bundle: JwtBundle, denied: Den
         svid = JwtSvid.parse_and_validate(token, bundle, {audience})
     except PySpiffeError as exc:
         raise _rejected(exc) from None
-    name = str(svid.spiffe_id)
-    claims = _claims(svid)
-    if denied.denies_token(str(claims.get("jti", "")), name, _issued_at(claims), _key_id(token)):
-        raise PeerRevoked(f'the JWT-SVID of "{name}" is revoked')
+    if is_revoked(svid, denied):
+        raise PeerRevoked(f'the JWT-SVID of "{svid.spiffe_id}" is revoked')
     denied.check_fresh()
     return svid
+
+
+def is_revoked(svid: JwtSvid, denied: DenySet) -> bool:
+    """Whether a JWT-SVID that was verified is revoked: by name, or with what it stands on."""
+    claims = svid._claims  # noqa: SLF001 - py-spiffe keeps them and does not publish them
+    return denied.denies_token(
+        str(claims.get("jti", "")), str(svid.spiffe_id), _issued_at(claims), _key_id(svid.token)
+    )
 
 
 def _rejected(why: Exception) -> PeerRejected:
     # The class names the rule; never raised "from" it, because its words could quote the token.
     kind = type(why).__name__
     return PeerRejected(f"the JWT-SVID does not verify ({kind})", reason="TOKEN_REJECTED")
-
-
-def _claims(svid: JwtSvid) -> dict[str, Any]:
-    # py-spiffe keeps the claims but does not publish them.
-    return svid._claims  # noqa: SLF001
 
 
 def _issued_at(claims: dict[str, Any]) -> float | None:
@@ -73,5 +74,7 @@ def _issued_at(claims: dict[str, Any]) -> float | None:
 
 
 def _key_id(token: str) -> str:
-    # Read of a token that was verified: its header is the one that named the key.
-    return str(jwt.get_unverified_header(token).get("kid", ""))
+    try:
+        return str(jwt.get_unverified_header(token).get("kid", ""))
+    except jwt.PyJWTError:
+        return ""  # It was not verified by its header, then.

@@ -59,14 +59,12 @@ class Applied:
     Attributes:
         denied: somebody is denied that was not.
         released: somebody may be denied no more.
-        complete: the state as of `sequence` is known.
-        sequence: where the verifier stands; that of the last complete state.
+        complete: the state as of the message's sequence is known.
     """
 
     denied: bool
     released: bool
     complete: bool
-    sequence: int
 
 
 class FeedReader:
@@ -79,7 +77,7 @@ class FeedReader:
 
     def __init__(self, denied: DenySet, at: int) -> None:
         self._denied = denied
-        self._at = at
+        self._at = at or None
         self._last = at
         self._joining = False
         self._full = False
@@ -110,10 +108,10 @@ class FeedReader:
         if not self._full:
             self._note_released(message)
         if not message.complete:
-            return Applied(news, released=False, complete=False, sequence=self._at)
+            return Applied(news, released=False, complete=False)
         released = self._finish()
         self._at = message.sequence
-        return Applied(news, released=released, complete=True, sequence=self._at)
+        return Applied(news, released=released, complete=True)
 
     def _wrong_with(self, message: FeedMessage) -> tuple[str, str] | None:
         if message.flaw:
@@ -122,8 +120,8 @@ class FeedReader:
             return FEED_GAP, f"the feed went back from {self._last} to {message.sequence}"
         if self._joining or message.full:
             return None
-        if not self._at or message.previous != self._at:
-            stands = self._at or "nothing"
+        if message.previous != self._at:
+            stands = "nothing" if self._at is None else self._at
             return (
                 FEED_GAP,
                 f"the feed goes on at {message.previous}, and this verifier stands at {stands}",
@@ -206,8 +204,7 @@ class RevocationFollower:
             while True:
                 message = await call.read(within)
                 self._apply(reader, message)
-                if message.complete:
-                    await call.acknowledge(message.sequence)
+                await call.acknowledge(message.sequence)
                 within = _HEARTBEATS_MISSED * _clamped(message.heartbeat_ms, *_HEARTBEAT_MS) / 1000
                 self.spread = timedelta(
                     milliseconds=_clamped(message.spread_ms, 0, _MOST_SPREAD_MS)
@@ -251,7 +248,7 @@ class RevocationFollower:
         if applied.denied or applied.released:
             self._enforce(denied=applied.denied)
         if applied.complete:
-            self.sequence = applied.sequence
+            self.sequence = message.sequence
             self._denied.feed_synced = True
             self._settled.set()
 

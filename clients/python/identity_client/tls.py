@@ -377,7 +377,11 @@ class _CheckedObject(ssl.SSLObject):
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
         peer = self._checked()
-        received = super().read(len, buffer)
+        try:
+            received = super().read(len, buffer)
+        except ssl.SSLError:
+            self._rotating.recheck(peer)  # Nothing is there: it may have been asked for that.
+            raise
         self._rotating.recheck(peer)
         return received
 

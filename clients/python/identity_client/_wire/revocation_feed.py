@@ -24,7 +24,7 @@ _MAX_ID: Final = 256
 _MAX_SPIFFE_ID: Final = 2048
 _MAX_AUTHORITIES: Final = 10_000
 # The last second a calendar holds.
-_LAST: Final = int(datetime.max.replace(tzinfo=UTC).timestamp())
+_LAST: Final = int(datetime.max.replace(microsecond=0, tzinfo=UTC).timestamp())
 
 
 @dataclass(frozen=True, slots=True)

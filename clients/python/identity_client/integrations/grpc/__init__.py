@@ -10,12 +10,15 @@
 
 - Servers: a certificate is read again for every handshake; a call is refused unless its peer's
   SPIFFE ID is named, its certificate has not expired and is not revoked, also on a connection
-  that was opened long before. Long streams are checked again with every message.
+  that was opened long before. Long streams are checked again with every message, and calls of a
+  peer that is revoked are ended whatever they wait for.
 - Clients: the server must be exactly `peer` (its hash-of-ID DNS SAN, checked by gRPC in the
   handshake). A new certificate means a new channel below the wrapper; calls under way finish on
-  the old one. grpcio does not show a client the server's certificate, so a server's revocation
-  reaches clients through its expiry, through refusing to serve (see `authorize_peers`), and for
-  open connections not before that.
+  the old one.
+- grpcio does not show a client the server's certificate. When an X.509-SVID of `peer` is revoked,
+  calls under way are cancelled, and until it has expired the server is looked at before it is
+  called: see `guard`. Revocation lists do not say whose serial numbers they are: for this, the
+  feed of the broker or of our own node agent is needed.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import grpc
@@ -18,7 +19,8 @@ from identity_client.integrations.grpc.channel_arguments import (
     channel_credentials,
     channel_options,
 )
-from identity_client.rotation import Generation, Rotation
+from identity_client.integrations.grpc.guard import ServerGuard, ServerRevoked
+from identity_client.rotation import Generation, Pins, Rotation
 from identity_client.tls import SnapshotSource
 
 __all__ = ["RotatingChannel", "secure_channel"]
@@ -36,6 +38,8 @@ def secure_channel(
     """A channel to the service at `target`, which must be exactly `peer`.
 
     Calls raise `SourceError` while there is no identity to call with, and `grpc.RpcError` as ever.
+    When the server's certificate is revoked, calls under way are cancelled, and calls raise
+    `PeerRevoked` (a `grpc.RpcError` here) for as long as the server shows it.
 
     Args:
         source: whose identity to show.
@@ -46,20 +50,25 @@ def secure_channel(
     Raises:
         SettingsInvalid: `peer` is not a SPIFFE ID, or its trust domain not a DNS name.
     """
-    return RotatingChannel(source, target, channel_options(peer, options))
+    return RotatingChannel(source, target, str(peer), channel_options(peer, options))
 
 
 class RotatingChannel(grpc.Channel):
     """See `secure_channel`."""
 
     def __init__(
-        self, source: SnapshotSource, target: str, options: tuple[tuple[str, Any], ...]
+        self,
+        source: SnapshotSource,
+        target: str,
+        peer: str,
+        options: tuple[tuple[str, Any], ...],
     ) -> None:
         self._target = target
         self._options = options
         self._watchers: dict[Callable[..., None], bool] = {}
         self._watched = False
         self._rotation: Rotation[grpc.Channel] = Rotation(source.snapshot, self._open, self._close)
+        self._guard = ServerGuard(source, peer, target, self._cut)
 
     def __repr__(self) -> str:
         return f"RotatingChannel({self._target!r})"
@@ -75,7 +84,7 @@ class RotatingChannel(grpc.Channel):
         try_to_connect: bool | None = False,  # noqa: FBT001, FBT002 - grpc's signature
     ) -> None:
         """Tells `callback` of connectivity changes, of later generations too."""
-        generation = self._rotation.acquire()
+        generation = self._rotation.acquire(self._guard.pins())
         try:
             self._watchers[callback], self._watched = bool(try_to_connect), True
             generation.connection.subscribe(callback, bool(try_to_connect))
@@ -86,7 +95,7 @@ class RotatingChannel(grpc.Channel):
         """Ends a subscription."""
         if self._watchers.pop(callback, None) is None:
             return
-        generation = self._rotation.acquire()
+        generation = self._rotation.acquire(self._guard.pins())
         try:
             generation.connection.unsubscribe(callback)
         finally:
@@ -94,19 +103,19 @@ class RotatingChannel(grpc.Channel):
 
     def unary_unary(self, *arguments: Any, **keywords: Any) -> Any:
         """As in grpc.Channel."""
-        return _BlockingCallable(self._rotation, "unary_unary", arguments, keywords)
+        return _BlockingCallable(self._rotation, self._guard, "unary_unary", arguments, keywords)
 
     def unary_stream(self, *arguments: Any, **keywords: Any) -> Any:
         """As in grpc.Channel."""
-        return _StreamCallable(self._rotation, "unary_stream", arguments, keywords)
+        return _StreamCallable(self._rotation, self._guard, "unary_stream", arguments, keywords)
 
     def stream_unary(self, *arguments: Any, **keywords: Any) -> Any:
         """As in grpc.Channel."""
-        return _BlockingCallable(self._rotation, "stream_unary", arguments, keywords)
+        return _BlockingCallable(self._rotation, self._guard, "stream_unary", arguments, keywords)
 
     def stream_stream(self, *arguments: Any, **keywords: Any) -> Any:
         """As in grpc.Channel."""
-        return _StreamCallable(self._rotation, "stream_stream", arguments, keywords)
+        return _StreamCallable(self._rotation, self._guard, "stream_stream", arguments, keywords)
 
     def close(self) -> None:
         """Closes every connection, calls under way included."""
@@ -118,8 +127,15 @@ class RotatingChannel(grpc.Channel):
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
         self.close()
 
-    def _open(self, snapshot: IdentitySnapshot) -> grpc.Channel:
-        channel = grpc.secure_channel(self._target, channel_credentials(snapshot), self._options)
+    def _cut(self, doomed: Callable[[Generation[grpc.Channel]], bool], why: ServerRevoked) -> None:
+        # Closing waits for the calls' own threads; the source's must not.
+        threading.Thread(
+            target=self._rotation.cut, args=(doomed, why), name="identity-cut", daemon=True
+        ).start()
+
+    def _open(self, snapshot: IdentitySnapshot, pins: Pins | None) -> grpc.Channel:
+        credentials = channel_credentials(snapshot, pins)
+        channel = grpc.secure_channel(self._target, credentials, self._options)
         for callback, try_to_connect in self._watchers.items():
             channel.subscribe(callback, try_to_connect)
         return channel
@@ -143,11 +159,13 @@ class _Callable:
     def __init__(
         self,
         rotation: Rotation[grpc.Channel],
+        guard: ServerGuard,
         kind: str,
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
     ) -> None:
         self._rotation = rotation
+        self._guard = guard
         self._kind = kind
         self._arguments = arguments
         self._keywords = keywords
@@ -163,31 +181,53 @@ class _Callable:
 
     def _start(self, begin: Callable[[Any], Any]) -> Any:
         """Begins a call that ends later, and gives its generation back then."""
-        generation = self._rotation.acquire()
+        generation = self._rotation.acquire(self._guard.pins())
         try:
-            call = begin(self._on(generation))
+            with self._explained(generation):
+                call = begin(self._on(generation))
         except BaseException:
             self._rotation.release(generation)
             raise
-        if not call.add_callback(lambda: self._rotation.release(generation)):
-            self._rotation.release(generation)  # It has ended already.
+
+        def ended() -> None:
+            self._rotation.release(generation)
+            if generation.pins is not None and call.code() is grpc.StatusCode.UNAVAILABLE:
+                self._guard.doubt(generation)
+
+        if not call.add_callback(ended):
+            ended()  # It has ended already.
         return call
+
+    @contextmanager
+    def _explained(self, generation: Generation[grpc.Channel]) -> Iterator[None]:
+        """Says why, where a call is ended because its server is revoked."""
+        try:
+            yield
+        except (grpc.RpcError, ValueError) as exc:
+            # ValueError: the channel was closed before the call had begun.
+            if generation.cut_because is not None:
+                raise ServerRevoked.because(generation.cut_because) from exc
+            if isinstance(exc, grpc.Call) and exc.code() is grpc.StatusCode.UNAVAILABLE:
+                self._guard.doubt(generation)
+            raise
 
 
 class _BlockingCallable(_Callable):
     """unary_unary and stream_unary."""
 
     def __call__(self, request: Any, *arguments: Any, **keywords: Any) -> Any:
-        generation = self._rotation.acquire()
+        generation = self._rotation.acquire(self._guard.pins())
         try:
-            return self._on(generation)(request, *arguments, **keywords)
+            with self._explained(generation):
+                return self._on(generation)(request, *arguments, **keywords)
         finally:
             self._rotation.release(generation)
 
     def with_call(self, request: Any, *arguments: Any, **keywords: Any) -> Any:
-        generation = self._rotation.acquire()
+        generation = self._rotation.acquire(self._guard.pins())
         try:
-            return self._on(generation).with_call(request, *arguments, **keywords)
+            with self._explained(generation):
+                return self._on(generation).with_call(request, *arguments, **keywords)
         finally:
             self._rotation.release(generation)
 

@@ -10,14 +10,15 @@ from spiffe import SpiffeId
 
 from identity_client.credential import IdentitySnapshot
 from identity_client.naming import parse_spiffe_id, server_name
+from identity_client.rotation import Pins
 
 __all__ = ["channel_credentials", "channel_options"]
 
 
-def channel_credentials(snapshot: IdentitySnapshot) -> grpc.ChannelCredentials:
-    """Our certificate and key, and the bundle as the only roots."""
+def channel_credentials(snapshot: IdentitySnapshot, pins: Pins | None) -> grpc.ChannelCredentials:
+    """Our certificate and key, and as the only roots the bundle, or what the server may show."""
     return grpc.ssl_channel_credentials(
-        root_certificates=snapshot.bundle.roots_pem,
+        root_certificates=snapshot.bundle.roots_pem if pins is None else pins.pem,
         private_key=snapshot.x509.key_pem,
         certificate_chain=snapshot.x509.chain_pem,
     )

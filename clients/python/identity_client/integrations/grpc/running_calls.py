@@ -136,14 +136,15 @@ def aio_ending(context: Any) -> Ending:
 def aio_thread_ending(context: Any) -> Ending:
     """How to end a call of an asyncio server whose handler runs in a thread."""
 
-    def ending(refusal: IdentityError) -> None:
+    def abort(refusal: IdentityError) -> None:
         status: Any = refusal_status(refusal)
+        with suppress(grpc.aio.AbortError, grpc.aio.UsageError):
+            context.abort(status.code, status.details, status.trailing_metadata)
+
+    def ending(refusal: IdentityError) -> None:
         # It waits for the server's loop, on which we may be.
         threading.Thread(
-            target=context.abort,
-            args=(status.code, status.details, status.trailing_metadata),
-            name="identity-end-call",
-            daemon=True,
+            target=abort, args=(refusal,), name="identity-end-call", daemon=True
         ).start()
 
     return ending
