@@ -111,7 +111,7 @@ class Orders:
     ca_file: str
 
 
-async def _join_all(orders: Orders, directory: Path) -> list[ssl.SSLContext]:
+async def join_all(orders: Orders, directory: Path) -> list[ssl.SSLContext]:
     """Attest every node; the TLS of each."""
     machines = MachineCa()
     machines.key = _private_key(Path(orders.ca_key_file))
@@ -213,7 +213,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4 * orders.nodes + 256)), hard))
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="idb-bench-") as directory:
-        contexts = asyncio.run(_join_all(orders, Path(directory)))
+        contexts = asyncio.run(join_all(orders, Path(directory)))
     _follow(orders, contexts, began)
     return 0
 
@@ -230,10 +230,9 @@ class Fleet:
     start_seconds: float
 
 
-@contextmanager
-def fleet(place: Site, nodes: int) -> Iterator[Fleet]:
-    """So many nodes beside the one that is looked at, in one process."""
-    ca_key, ca, file = (place.directory / f"fleet.{end}" for end in ("key", "pem", "json"))
+def written_orders(place: Site, nodes: int, name: str) -> Path:
+    """The file that tells so many nodes where to join."""
+    ca_key, ca, file = (place.directory / f"{name}.{end}" for end in ("key", "pem", "json"))
     ca_key.touch(mode=0o600)
     ca_key.write_bytes(key_pem(place.machines.key))
     ca.write_bytes(place.machines.certificate.public_bytes(Encoding.PEM))
@@ -244,6 +243,13 @@ def fleet(place: Site, nodes: int) -> Iterator[Fleet]:
         *map(str, (place.bundle_file, ca_key, ca)),
     )
     file.write_text(json.dumps(vars(orders)))
+    return file
+
+
+@contextmanager
+def fleet(place: Site, nodes: int) -> Iterator[Fleet]:
+    """So many nodes beside the one that is looked at, in one process."""
+    file = written_orders(place, nodes, "fleet")
     process = subprocess.Popen(
         [sys.executable, __file__, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -191,6 +191,13 @@ class Admin:
         subject = revocation_pb2.RevocationSubject(kind=kind, value=serial)
         await self._revocations.Revoke(revocation_pb2.RevokeRequest(subject=subject))
 
+    async def revoke_identity(self, name: str) -> revocation_pb2.RevokeResponse:
+        """Revoke everything an identity holds."""
+        kind = revocation_pb2.SUBJECT_KIND_SPIFFE_ID
+        subject = revocation_pb2.RevocationSubject(kind=kind, value=name)
+        answer = await self._revocations.Revoke(revocation_pb2.RevokeRequest(subject=subject))
+        return answer  # type: ignore[no-any-return]
+
     async def applied(self, *node_ids: str) -> int:
         """Wait until every connected node has applied what was changed; how many are connected."""
         answer = await self._sync.Await(
