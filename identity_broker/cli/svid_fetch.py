@@ -144,7 +144,7 @@ async def _keep_stapling(source: IdentitySource, deliverer: _Deliverer) -> None:
 
 
 async def _deliver_now(source: IdentitySource, deliverer: _Deliverer) -> None:
-    while source.status().ready:
+    while True:
         try:
             await deliverer.deliver(source)
         except FileUnusable as error:
@@ -154,7 +154,7 @@ async def _deliver_now(source: IdentitySource, deliverer: _Deliverer) -> None:
         except HookFailed as error:
             say(str(error))
         except SourceError:
-            pass  # Gone since it was looked at; what comes next is delivered.
+            pass  # There was none yet; what comes is delivered.
         break
 
 
@@ -188,6 +188,7 @@ class _Deliverer:
         self._folder = folder
         self._stapler = None if folder is None else Stapler()
         self._delivering = asyncio.Lock()
+        self._latest: tuple[IdentitySnapshot, tuple[bytes, ...]] | None = None
         self._delivered: dict[str, SvidFile] = {}
 
     def is_staple_due(self) -> bool:
@@ -197,12 +198,19 @@ class _Deliverer:
     async def deliver(self, source: IdentitySource) -> None:
         """Deliver what the source holds now, unless no file would differ.
 
+        Of an identity that was withdrawn the files stay, and its OCSP answer is kept current.
+
         Raises:
             FileUnusable, HookFailed.
-            SourceError: it holds nothing.
+            SourceError: it holds nothing, and never did.
         """
         async with self._delivering:
-            await self._deliver(source.snapshot(), source.crls)
+            try:
+                self._latest = (source.snapshot(), source.crls)
+            except SourceError:
+                if self._latest is None:
+                    raise
+            await self._deliver(*self._latest)
 
     async def _deliver(self, snapshot: IdentitySnapshot, crls: tuple[bytes, ...]) -> None:
         staple = None if self._stapler is None else await self._stapler.answer(snapshot)

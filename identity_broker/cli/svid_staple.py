@@ -74,7 +74,8 @@ class Stapler:
         issuer = _issuer(leaf, [*snapshot.svid.cert_chain[1:], *snapshot.bundle.x509_authorities])
         if url is None or issuer is None:
             self._due = None
-            self._tell("the SVID names no OCSP responder: no ocsp.der is written")
+            why = "names no OCSP responder" if url is None else "does not bring its issuer"
+            self._tell(f"the SVID {why}: no ocsp.der is written")
             return
         try:
             answer = await self._asked(url, leaf, issuer)
