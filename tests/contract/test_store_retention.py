@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
+from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import JoinToken
 from identity_broker.domain.paging import CredentialFilter
+from identity_broker.domain.revocation import BlockedKey, IdentityEpoch
 from identity_broker.domain.selection import Selection
 from identity_broker.errors import NodeNotFound, WatchLagged
 from identity_broker.server.jobs.retention import Removed, Retention
 from identity_broker.store import STEP, Repositories, Store
-from support.store import NOW, PARENT, SettableClock, intent, issued, node, revoking
+from support.store import (
+    API,
+    NOW,
+    PARENT,
+    SettableClock,
+    closed,
+    hold,
+    intent,
+    issued,
+    node,
+    revoking,
+)
 
 KEPT = timedelta(days=30)
 DUE = NOW + timedelta(hours=1) + KEPT
@@ -45,11 +59,38 @@ async def test_what_is_not_due_stays(
         revoking(Selection(serial=one.id))(repos)
 
     await store.write(fill)
-    assert await retention.run() == Removed(0, 0, 0, 0)
+    nothing = Removed(*[0] * 7)
+    assert await retention.run() == nothing
     clock.time = DUE
-    assert await retention.run() == Removed(0, 0, 1, 0)
+    assert await retention.run() == replace(nothing, join_tokens=1)
     clock.time = DUE + timedelta(microseconds=1)
-    assert await retention.run() == Removed(1, 1, 0, 0)
+    assert await retention.run() == replace(nothing, credentials=1, nodes=1)
+
+
+async def test_what_revoking_left_goes_once_nothing_names_it(
+    store: Store, clock: SettableClock, retention: Retention
+) -> None:
+    one = intent()
+    await store.ledger.intend([one])
+
+    def fill(repos: Repositories) -> None:
+        repos.orders.create(closed())
+        repos.holds.place(hold())
+        revoking(Selection(serial=one.id), order="rev-1")(repos)
+        key = BlockedKey("ab" * 32, "rev-1", RevocationReason.KEY_COMPROMISE, NOW)
+        repos.blocked_keys.block(key)
+        repos.epochs.raise_to(IdentityEpoch(API, NOW, NOW + timedelta(hours=1)))
+
+    await store.write(fill)
+    nothing = Removed(*[0] * 7)
+    clock.time = NOW + 2 * KEPT
+    assert await retention.run() == replace(nothing, credentials=1, epochs=1)
+    await store.write(lambda r: r.holds.lift("freeze", clock.time, "uid:0"))
+    clock.time += KEPT
+    assert await retention.run() == nothing
+    clock.time += timedelta(microseconds=1)
+    assert await retention.run() == replace(nothing, holds=1, orders=1)
+    assert await store.read(lambda r: r.blocked_keys.all())
 
 
 async def test_everything_due_goes_however_much_it_is(
@@ -71,7 +112,7 @@ async def test_everything_due_goes_however_much_it_is(
     await store.write(fill)
     clock.time = DUE + timedelta(seconds=1)
     removed = await retention.run()
-    assert removed == Removed(many, many, many, 2 * many - 10)
+    assert removed == Removed(many, many, many, 0, 0, 0, 2 * many - 10)
     page = await store.read(lambda r: r.credentials.page(CredentialFilter(), "", 1))
     assert not page.items
     assert await store.read(lambda r: r.nodes.all()) == []

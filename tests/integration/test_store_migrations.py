@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 from alembic import command
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
+from identity_broker.domain.credential import RevocationReason
+from identity_broker.domain.events import Topic
 from identity_broker.domain.paging import CredentialFilter
 from identity_broker.errors import ConfigError, StoreUnavailable
 from identity_broker.store import Store, schema
 from identity_broker.store.database import Database, Mode
 from support.postgres import PostgresServer
-from support.store import SettableClock, intent, sqlite_url
+from support.store import SettableClock, hold, intent, revoking, sqlite_url
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgresql)])
@@ -145,7 +148,7 @@ _OLD_ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("version", ["0001", "0002"])
+@pytest.mark.parametrize("version", ["0001", "0002", "0004"])
 async def test_what_an_older_broker_wrote_is_kept(empty_url: str, version: str) -> None:
     database = Database(empty_url, connections=1)
     with database.raw_transaction(Mode.WRITE) as connection:
@@ -168,6 +171,7 @@ async def test_what_an_older_broker_wrote_is_kept(empty_url: str, version: str) 
     states = [row["state"] for row in _OLD_ROWS["credentials"]]
     assert [one.state.value for one in page.items] == states[::-1]
     assert {one.intent.instance for one in page.items} == {""}
+    assert {one.order_id for one in page.items} == {found.held_by} == {""}
     # And what is written now stands beside it.
     fresh = intent(instance="process 1")
     await store.ledger.intend([fresh])
@@ -177,7 +181,65 @@ async def test_what_an_older_broker_wrote_is_kept(empty_url: str, version: str) 
     assert (await store.read(lambda repos: repos.entries.get("old"))).per_process
     read = await store.read(lambda repos: repos.credentials.get(fresh.id))
     assert read.intent.instance == "process 1"
+    # The checks it was made with know neither this reason nor this topic.
+    await store.write(revoking(f"serial={fresh.id}", RevocationReason.CERTIFICATE_HOLD))
+    await store.write(lambda repos: repos.holds.place(hold()))
+    changes = await store.changes.after(0)
+    assert changes[0].seq == 1
+    assert [change.topic for change in changes] == [
+        *(Topic.ENTRY, Topic.ENTRY, Topic.REVOCATION, Topic.HOLD)
+    ]
     await store.close()
+
+
+async def test_widening_a_check_leaves_the_table_as_it_was(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path), connections=1)
+    with database.raw_transaction(Mode.WRITE) as connection:
+        command.upgrade(schema.configuration(connection), "0004")
+        for name, rows in _OLD_ROWS.items():
+            marks = ", ".join(f":{column}" for column in rows[0])
+            insertion = f"INSERT INTO {name} ({', '.join(rows[0])}) VALUES ({marks})"
+            connection.execute(text(insertion), rows)
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    with database.raw_transaction(Mode.WRITE) as connection:
+        command.upgrade(schema.configuration(connection), "head")
+    with database.raw_transaction(Mode.READ) as connection:
+        assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
+        catalogue = "SELECT name, sql FROM sqlite_master WHERE type = 'table'"
+        stored = {row.name: row.sql for row in connection.exec_driver_sql(catalogue)}
+        assert "reason BETWEEN 0 AND 10" in stored["credentials"]
+        assert "AUTOINCREMENT" in stored["credentials"]
+        assert "AUTOINCREMENT" in stored["outbox"]
+        grown = connection.exec_driver_sql("PRAGMA page_count").scalar_one() - pages
+        assert grown < 25, "new tables, and no second ledger"
+    for wrong in (
+        "UPDATE credentials SET reason = 11 WHERE reason IS NOT NULL",
+        "UPDATE outbox SET topic = ''",
+    ):
+        with (
+            pytest.raises(IntegrityError),
+            database.raw_transaction(Mode.WRITE) as connection,
+        ):
+            connection.exec_driver_sql(wrong)
+    database.close()
+
+
+async def test_a_ledger_that_another_tool_made_is_not_edited(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path), connections=1)
+    with database.raw_transaction(Mode.WRITE) as connection:
+        command.upgrade(schema.configuration(connection), "0004")
+        connection.exec_driver_sql("DROP TABLE outbox")
+        connection.exec_driver_sql("CREATE TABLE outbox (seq INTEGER PRIMARY KEY, topic, key)")
+    with (
+        pytest.raises(RuntimeError, match="ck_outbox_topic"),
+        database.raw_transaction(Mode.WRITE) as connection,
+    ):
+        command.upgrade(schema.configuration(connection), "head")
+    with database.raw_transaction(Mode.READ) as connection:
+        assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
+        tables = connection.exec_driver_sql("SELECT name FROM sqlite_master").scalars().all()
+        assert "holds" not in tables
+    database.close()
 
 
 def test_the_first_migration_can_be_undone(store_url: str) -> None:

@@ -26,8 +26,17 @@ from identity_broker.domain.entry import (
 )
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.node import JoinToken, Node
+from identity_broker.domain.revocation import (
+    BlockedKey,
+    Hold,
+    IdentityEpoch,
+    OrderState,
+    RevocationOrder,
+    RevocationSubject,
+    SubjectKind,
+)
 from identity_broker.domain.selector import Selector
-from identity_broker.store import mapping, tables
+from identity_broker.store import mapping, order_mapping, order_tables, tables
 from identity_ca.authority import Authority, AuthorityKind, AuthorityState
 from identity_ca.keys import KeyAlgorithm
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
@@ -90,6 +99,7 @@ entries = st.builds(
     ).map(MappingProxyType),
     per_process=st.booleans(),
     key_algorithm=optional(st.sampled_from(KEY_ALGORITHMS)),
+    held_by=texts,
     revision=st.integers(1, 2**62),
     created_at=instants,
     updated_at=instants,
@@ -138,7 +148,46 @@ credentials = st.builds(
     revoked_at=optional(instants),
     reason=optional(st.sampled_from(RevocationReason)),
     comment=texts,
+    order_id=texts,
 )
+subjects = st.builds(RevocationSubject, kind=st.sampled_from(SubjectKind), value=words)
+reasons = st.sampled_from(RevocationReason)
+counts = st.integers(0, 2**62)
+orders = st.builds(
+    RevocationOrder,
+    id=words,
+    subject=subjects,
+    reason=reasons,
+    comment=texts,
+    actor=texts,
+    ordered_at=instants,
+    state=st.sampled_from(OrderState),
+    committed_at=optional(instants),
+    revoked=counts,
+    already_revoked=counts,
+    expired=counts,
+    released=counts,
+    hold=texts,
+    sequence=counts,
+    swept=st.booleans(),
+    statement=texts,
+)
+holds = st.builds(
+    Hold,
+    name=words,
+    subject=subjects,
+    order_id=words,
+    reason=reasons,
+    actor=texts,
+    created_at=instants,
+    until=optional(instants),
+    lifted_at=optional(instants),
+    lifted_by=texts,
+)
+blocked_keys = st.builds(
+    BlockedKey, fingerprint=hexes, order_id=words, reason=reasons, blocked_at=instants
+)
+epochs = st.builds(IdentityEpoch, spiffe_id=workloads, not_before=instants, expires_at=instants)
 authorities = st.builds(
     Authority,
     id=words,
@@ -190,6 +239,21 @@ def test_join_tokens_come_back(token: JoinToken) -> None:
 def test_credentials_come_back(credential: Credential) -> None:
     row = tables.CredentialRow(**mapping.credential_values(credential))
     assert mapping.credential_from_row(row) == credential
+
+
+@given(orders, holds, blocked_keys, epochs)
+def test_what_belongs_to_revoking_comes_back(
+    order: RevocationOrder, hold: Hold, key: BlockedKey, epoch: IdentityEpoch
+) -> None:
+    order_row = order_tables.RevocationOrderRow(**order_mapping.order_values(order))
+    assert order_mapping.order_from_row(order_row) == order
+    assert (
+        order_mapping.hold_from_row(order_tables.HoldRow(**order_mapping.hold_values(hold))) == hold
+    )
+    key_row = order_tables.BlockedKeyRow(**order_mapping.blocked_key_values(key))
+    assert order_mapping.blocked_key_from_row(key_row) == key
+    epoch_row = order_tables.IdentityEpochRow(**order_mapping.epoch_values(epoch))
+    assert order_mapping.epoch_from_row(epoch_row) == epoch
 
 
 @given(authorities, st.integers(0, 100))

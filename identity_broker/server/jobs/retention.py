@@ -3,8 +3,10 @@
 - Ledger rows go `retain_expired` after their validity ended, revoked ones too: by then nobody has
   to be told. Nodes go `retain_expired` after their last SVID expired; a banned one stays, and with
   it the ban.
-- Join tokens go when they expire; of the change feed the newest changes stay.
-- The audit log is never purged.
+- Join tokens and epochs go when they expire; of the change feed the newest changes stay.
+- Lifted holds go `retain_expired` after they were lifted; closed orders, with their statements, go
+  `retain_expired` after they were given, once neither the ledger nor a hold names them.
+- Neither the audit log nor blocked keys are ever purged.
 - Every step is a transaction of its own, so that issuing goes on in between; what is left when the
   database fails is done the next time.
 """
@@ -29,6 +31,9 @@ class Removed:
     credentials: int
     nodes: int
     join_tokens: int
+    epochs: int
+    holds: int
+    orders: int
     changes: int
 
 
@@ -67,6 +72,10 @@ class Retention:
             credentials=await self._all(lambda r: r.retention.purge_credentials(before, STEP)),
             nodes=await self._all(lambda r: r.nodes.prune(before, STEP)),
             join_tokens=await self._all(lambda r: r.join_tokens.purge(now, STEP)),
+            epochs=await self._all(lambda r: r.retention.purge_epochs(now, STEP)),
+            holds=await self._all(lambda r: r.retention.purge_holds(before, STEP)),
+            # After what names them.
+            orders=await self._all(lambda r: r.retention.purge_orders(before, STEP)),
             # Last: pruning nodes appended changes.
             changes=await self._all(lambda r: r.retention.purge_outbox(self._kept_changes, STEP)),
         )
