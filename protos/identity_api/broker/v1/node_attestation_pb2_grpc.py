@@ -56,8 +56,9 @@ class NodeAttestationServicer:
         of challenges, each answered by the node, and then with `result`.
         Callers: anyone. Retry: safe with x509_pop; a join token is spent by the first success.
         Reasons: ATTESTOR_UNKNOWN, ATTESTATION_FAILED, JOIN_TOKEN_REJECTED, CHALLENGE_FAILED,
-        CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED, MALFORMED_REQUEST,
-        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call again).
+        CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED,
+        MALFORMED_REQUEST, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call
+        again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,8 +69,8 @@ class NodeAttestationServicer:
         new one is issued, and stays valid until it expires.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons: NODE_BANNED, NODE_UNKNOWN, NODE_NOT_FOUND (evicted meanwhile), CREDENTIAL_REVOKED,
-        CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
-        AUTHORITY_UNAVAILABLE.
+        CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED,
+        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

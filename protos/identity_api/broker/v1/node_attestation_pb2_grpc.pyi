@@ -38,16 +38,17 @@ class NodeAttestationStub:
     of challenges, each answered by the node, and then with `result`.
     Callers: anyone. Retry: safe with x509_pop; a join token is spent by the first success.
     Reasons: ATTESTOR_UNKNOWN, ATTESTATION_FAILED, JOIN_TOKEN_REJECTED, CHALLENGE_FAILED,
-    CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED, MALFORMED_REQUEST,
-    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call again).
+    CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED,
+    MALFORMED_REQUEST, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call
+    again).
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_node_attestation_pb2.RenewRequest, _node_attestation_pb2.RenewResponse]
     """Issues the calling node a fresh SVID; the one it called with is marked superseded once the
     new one is issued, and stays valid until it expires.
     Callers: node. Retry: safe (each success is one more credential in the ledger).
     Reasons: NODE_BANNED, NODE_UNKNOWN, NODE_NOT_FOUND (evicted meanwhile), CREDENTIAL_REVOKED,
-    CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
-    AUTHORITY_UNAVAILABLE.
+    CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED,
+    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
     """
 
 @_typing.type_check_only
@@ -60,16 +61,17 @@ class NodeAttestationAsyncStub(NodeAttestationStub):
     of challenges, each answered by the node, and then with `result`.
     Callers: anyone. Retry: safe with x509_pop; a join token is spent by the first success.
     Reasons: ATTESTOR_UNKNOWN, ATTESTATION_FAILED, JOIN_TOKEN_REJECTED, CHALLENGE_FAILED,
-    CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED, MALFORMED_REQUEST,
-    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call again).
+    CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED,
+    MALFORMED_REQUEST, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call
+    again).
     """
     Renew: _aio.UnaryUnaryMultiCallable[_node_attestation_pb2.RenewRequest, _node_attestation_pb2.RenewResponse]  # type: ignore[assignment]
     """Issues the calling node a fresh SVID; the one it called with is marked superseded once the
     new one is issued, and stays valid until it expires.
     Callers: node. Retry: safe (each success is one more credential in the ledger).
     Reasons: NODE_BANNED, NODE_UNKNOWN, NODE_NOT_FOUND (evicted meanwhile), CREDENTIAL_REVOKED,
-    CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
-    AUTHORITY_UNAVAILABLE.
+    CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED,
+    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
     """
 
 class NodeAttestationServicer(metaclass=_abc_1.ABCMeta):
@@ -85,8 +87,9 @@ class NodeAttestationServicer(metaclass=_abc_1.ABCMeta):
         of challenges, each answered by the node, and then with `result`.
         Callers: anyone. Retry: safe with x509_pop; a join token is spent by the first success.
         Reasons: ATTESTOR_UNKNOWN, ATTESTATION_FAILED, JOIN_TOKEN_REJECTED, CHALLENGE_FAILED,
-        CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED, MALFORMED_REQUEST,
-        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call again).
+        CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED, NODE_BANNED,
+        MALFORMED_REQUEST, SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, BROKER_STOPPING (call
+        again).
         """
 
     @_abc_1.abstractmethod
@@ -99,8 +102,8 @@ class NodeAttestationServicer(metaclass=_abc_1.ABCMeta):
         new one is issued, and stays valid until it expires.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons: NODE_BANNED, NODE_UNKNOWN, NODE_NOT_FOUND (evicted meanwhile), CREDENTIAL_REVOKED,
-        CSR_REJECTED, KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
-        AUTHORITY_UNAVAILABLE.
+        CSR_REJECTED, KEY_TOO_WEAK, KEY_BLOCKED, POLICY_VIOLATION, LINT_FAILED,
+        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
         """
 
 def add_NodeAttestationServicer_to_server(servicer: NodeAttestationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -448,7 +448,7 @@ class RevocationRecord(_message.Message):
 
     @_builtins.property
     def held_entry_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Required; may be empty. Entries that are held by it."""
+        """Required; may be empty. Entries that are held by it; at most 1,000, and none in a list."""
 
     def __init__(
         self,
@@ -562,9 +562,11 @@ class Propagation(_message.Message):
     gone: _builtins.int
     """Required."""
     p50_ms: _builtins.int
-    """Optional. From the commit to the acknowledgement, milliseconds."""
+    """Required. From the commit to the acknowledgement, milliseconds; -1 where the broker has seen
+    none.
+    """
     p99_ms: _builtins.int
-    """Optional."""
+    """Required. As p50_ms."""
     within_objective_permille: _builtins.int
     """Required. Verifiers within the objective of one second, per thousand of those told."""
     @_builtins.property

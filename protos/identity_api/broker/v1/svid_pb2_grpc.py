@@ -54,8 +54,8 @@ class SvidServicer:
         its key and contributes that key alone: the names come from the entry.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons, per item: MALFORMED_REQUEST (instance), ENTRY_NOT_AUTHORIZED, CSR_REJECTED,
-        KEY_TOO_WEAK, POLICY_VIOLATION, LINT_FAILED, SIGNING_BACKEND_UNAVAILABLE,
-        AUTHORITY_UNAVAILABLE.
+        KEY_TOO_WEAK, KEY_BLOCKED (make a new key), POLICY_VIOLATION, LINT_FAILED,
+        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE.
         Reasons, whole call: MALFORMED_REQUEST (no item, or more than 500), NODE_BANNED, NODE_UNKNOWN,
         CREDENTIAL_REVOKED.
         """
