@@ -27,7 +27,7 @@ from identity_ca.lint import BACKDATE, Expectations, lint_tbs
 from identity_ca.profile import X509Profile
 from identity_ca.serial import new_serial, serial_hex
 from identity_ca.spiffe_id import SpiffeId, TrustDomain, is_host_name
-from identity_ca.template import LeafTemplate, assemble
+from identity_ca.template import EMPTY_NAME, LeafTemplate, assemble, common_name
 
 __all__ = ["MIN_ISSUER_REMAINING", "PreparedX509", "X509Credential", "X509Issuer"]
 
@@ -35,6 +35,8 @@ MIN_ISSUER_REMAINING: Final = timedelta(seconds=60)
 """An issuer with less than this left signs nothing: its leaves would be dead on arrival."""
 
 _MAKING: Final = object()
+# RFC 5280, appendix A.1.
+_UB_COMMON_NAME: Final = 64
 
 
 class PreparedX509:
@@ -203,7 +205,8 @@ class X509Issuer:
 
         Validity is from `now` - 10 s (not before the issuer's own) to `now` + `ttl` (not beyond
         the issuer's own), in whole seconds. DNS SANs are the one derived from the SPIFFE ID, then
-        `dns_names` in their order, each once.
+        `dns_names` in their order, each once. The first of `dns_names` is the common name too, for
+        those who want one (OpenBao's certificate login); without any there is no subject.
 
         Args:
             csr: PKCS #10, DER, or what `parse_csr` made of it. Only its key is used.
@@ -224,6 +227,7 @@ class X509Issuer:
         if profile.ca:
             raise ProfileViolation("a workload certificate cannot have a CA profile")
         names = _dns_sans(spiffe_id, dns_names, profile)
+        subject = _subject(dns_names) if dns_names else EMPTY_NAME
         not_before, not_after = self._validity(profile, ttl, now)
         if isinstance(csr, CertificateRequest):
             request = csr
@@ -238,6 +242,7 @@ class X509Issuer:
             spki=request.spki_der,
             spiffe_id=spiffe_id,
             dns_names=names,
+            subject=subject,
         )
         urls = self._crl_urls
         lint_tbs(
@@ -250,6 +255,7 @@ class X509Issuer:
                 not_before,
                 not_after,
                 names,
+                subject,
                 crl_url=urls[shard_of(serial, len(urls))] if urls else "",
                 ocsp_url=self._ocsp_url,
             ),
@@ -311,6 +317,11 @@ class X509Issuer:
             not_before=prepared.not_before,
             not_after=prepared.not_after,
         )
+
+
+def _subject(dns_names: Sequence[str]) -> bytes:
+    first = dns_names[0]
+    return common_name(first) if len(first) <= _UB_COMMON_NAME else EMPTY_NAME
 
 
 def _dns_sans(

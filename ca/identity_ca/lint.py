@@ -68,6 +68,7 @@ _SERVER_AND_CLIENT: Final = (
     bytes.fromhex("301406082b0601050507030106082b06010505070302"),
 )
 _EMPTY_SUBJECT: Final = bytes.fromhex("3000")
+_COMMON_NAME: Final = bytes.fromhex("0603550403")
 _OCSP: Final = bytes.fromhex("06082b06010505073001")
 
 _RSA_KEY: Final = bytes.fromhex("300d06092a864886f70d0101010500")
@@ -108,7 +109,7 @@ class Expectations:
     Attributes:
         spki: the subject's key, DER.
         dns_names: every DNS SAN, in order.
-        subject: the subject's name, DER; empty for a leaf.
+        subject: the subject's name, DER.
         path_length: for a CA; None means no limit.
         crl_url, ocsp_url: where a leaf says that revocation is asked about; empty for nowhere.
     """
@@ -245,8 +246,8 @@ def _lint_leaf(
     _require(extensions[_BASIC_CONSTRAINTS] == _NOT_CA, "a leaf must not be a CA (X-7)")
     critical, san = extensions[_SAN]
     _require(
-        critical or subject != _EMPTY_SUBJECT,
-        "the SAN must be critical where there is no subject (X-4)",
+        critical == (subject == _EMPTY_SUBJECT),
+        "the SAN must be critical where there is no subject (X-4), and only there",
     )
     uris, names = _general_names(san)
     _require(len(uris) == 1, "there must be exactly one URI SAN (X-1)")
@@ -257,12 +258,28 @@ def _lint_leaf(
         names == [name.encode("ascii") for name in expected.dns_names],
         "the DNS SANs must be the ones granted",
     )
+    if subject != _EMPTY_SUBJECT:
+        _lint_common_name(subject, names)
     own = spiffe_id.dns_san()
     reserved = f".svid.{spiffe_id.trust_domain.name}".encode("ascii")
     stand_ins = [name for name in names if name.endswith(reserved)]
     _require(
         stand_ins == ([] if own is None else [own.encode("ascii")]),
         "the one DNS SAN derived from a SPIFFE ID must be this one's",
+    )
+
+
+def _lint_common_name(subject: bytes, names: list[bytes]) -> None:
+    at, end = _enter(subject, 0, len(subject), 0x30)
+    at, stop = _enter(subject, at, end, 0x31)
+    at, last = _enter(subject, at, stop, 0x30)
+    value, close = _enter(subject, at + len(_COMMON_NAME), last, 0x0C)
+    _require(
+        end == stop == last == close == len(subject)
+        and subject[at : at + len(_COMMON_NAME)] == _COMMON_NAME
+        and subject[value:close] in names
+        and close - value <= 64,
+        "the subject of a leaf must be one of its DNS names",
     )
 
 

@@ -3,7 +3,8 @@
 - Byte for byte what `cryptography`'s builder would sign for the same input; a property test holds
   that. Encoding first means: lint, record and digest come before any key is touched.
 - What is the same for every leaf of an issuer is encoded once, in `LeafTemplate`.
-- A leaf has no subject: its name is the SPIFFE ID in the SAN, which is therefore critical (X-4).
+- A leaf's name is the SPIFFE ID in the SAN. Where it has no subject the SAN is critical (X-4), and
+  only there (RFC 5280 section 4.2.1.6).
 - Nothing is checked here. `issuer` refuses bad input and `lint` reads the result back.
 """
 
@@ -15,7 +16,12 @@ from datetime import datetime
 from typing import Final
 
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, SignatureAlgorithmOID
+from cryptography.x509.oid import (
+    ExtendedKeyUsageOID,
+    ExtensionOID,
+    NameOID,
+    SignatureAlgorithmOID,
+)
 
 from identity_ca.der import (
     BIT_STRING,
@@ -42,7 +48,10 @@ __all__ = [
 ]
 
 _V3: Final = b"\xa0\x03\x02\x01\x02"
-_EMPTY_NAME: Final = b"\x30\x00"
+EMPTY_NAME: Final = b"\x30\x00"
+_UTF8_STRING: Final = 0x0C
+_SET: Final = 0x31
+_COMMON_NAME: Final = encode_oid(NameOID.COMMON_NAME.dotted_string)
 _URI: Final = 0x86
 _DNS: Final = 0x82
 
@@ -165,6 +174,7 @@ class LeafTemplate:
         spki: bytes,
         spiffe_id: SpiffeId,
         dns_names: Sequence[str],
+        subject: bytes = EMPTY_NAME,
     ) -> bytes:
         """The TBSCertificate. `dns_names` are all DNS SANs, in the order they are to appear."""
         names = element(_URI, str(spiffe_id).encode("ascii"))
@@ -172,7 +182,9 @@ class LeafTemplate:
             names += element(_DNS, name.encode("ascii"))
         san = element(
             SEQUENCE,
-            _SAN_OID + BOOLEAN_TRUE + element(OCTET_STRING, element(SEQUENCE, names)),
+            _SAN_OID
+            + (BOOLEAN_TRUE if subject == EMPTY_NAME else b"")
+            + element(OCTET_STRING, element(SEQUENCE, names)),
         )
         extensions = self._before_names + subject_key_id(spki) + self._after_names + san
         if self._pointers:
@@ -183,10 +195,16 @@ class LeafTemplate:
             + encode_integer(serial)
             + self._issuer
             + element(SEQUENCE, encode_time(not_before) + encode_time(not_after))
-            + _EMPTY_NAME
+            + subject
             + spki
             + element(0xA3, element(SEQUENCE, extensions)),
         )
+
+
+def common_name(text: str) -> bytes:
+    """A Name with a common name alone."""
+    value = element(_UTF8_STRING, text.encode("ascii"))
+    return element(SEQUENCE, element(_SET, element(SEQUENCE, _COMMON_NAME + value)))
 
 
 def basic_constraints_ca(path_length: int | None) -> bytes:

@@ -78,6 +78,7 @@ class Issued:
         )
         self.good, self.revoked = self._issue(algorithm), self._issue(algorithm)
         pointing = self._issue(algorithm, self.pointing)
+        plain = self._issue(algorithm, dns_names=())
         self.crl = build_crl(
             issuer=self.issuer,
             entries=[RevokedEntry(int(self.revoked.serial, 16), NOW, 1), RevokedEntry(7, NOW)],
@@ -97,6 +98,7 @@ class Issued:
         )
         self.files = {
             "pointing": _pem(pointing.chain[:1]),
+            "plain": _pem(plain.chain[:1]),
             "full_crl": self._crl(delta_url=POINTS.delta_url("a")),
             "part_crl": self._crl(scope_url=POINTS.shard_urls("a")[5]),
             "delta_crl": self._crl(base_number=3),
@@ -104,7 +106,7 @@ class Issued:
             "intermediate": self.intermediate.public_bytes(Encoding.PEM),
             "leaf": _pem(self.good.chain[:1]),
             "revoked": _pem(self.revoked.chain[:1]),
-            "chain": _pem(self.good.chain),
+            "chain": _pem(plain.chain),
             "crl": x509.load_der_x509_crl(self.crl).public_bytes(Encoding.PEM),
             "root_crl": x509.load_der_x509_crl(root_crl).public_bytes(Encoding.PEM),
             "key": workload_key(algorithm)
@@ -137,7 +139,12 @@ class Issued:
         )
         return x509.load_der_x509_crl(der).public_bytes(Encoding.PEM)
 
-    def _issue(self, algorithm: KeyAlgorithm, issuer: X509Issuer | None = None) -> X509Credential:
+    def _issue(
+        self,
+        algorithm: KeyAlgorithm,
+        issuer: X509Issuer | None = None,
+        dns_names: tuple[str, ...] = ("api.example.org",),
+    ) -> X509Credential:
         issuer = issuer or self.issuer
         return issuer.sign(
             issuer.prepare(
@@ -146,7 +153,7 @@ class Issued:
                 profile=WORKLOAD,
                 ttl=HOUR,
                 now=NOW,
-                dns_names=["api.example.org"],
+                dns_names=dns_names,
             )
         )
 
@@ -287,9 +294,11 @@ def only_scheme(spiffe_id: str) -> set[tuple[str, str]]:
     return {("pkix.invalid_uri_syntax", f'Invalid URI syntax: "{spiffe_id}"')}
 
 
-@pytest.mark.parametrize("name", ["leaf", "pointing", "intermediate", "root"])
+@pytest.mark.parametrize("name", ["leaf", "plain", "pointing", "intermediate", "root"])
 def test_pkilint_finds_nothing_in_certificates(issued: Issued, name: str) -> None:
-    expected = only_scheme(str(WORKLOAD_ID if name in ("leaf", "pointing") else TRUST_DOMAIN.id))
+    expected = only_scheme(
+        str(WORKLOAD_ID if name in ("leaf", "plain", "pointing") else TRUST_DOMAIN.id)
+    )
     assert findings("lint_pkix_cert", issued.path(name)) == expected
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,9 @@ from identity_ca.distribution import DistributionPoints, leaf_extensions, shard_
 from identity_ca.keys import KeyAlgorithm, signature_hash, spki_der
 from identity_ca.spiffe_id import SpiffeId, TrustDomain
 from identity_ca.template import (
+    EMPTY_NAME,
     LeafTemplate,
+    common_name,
     encode_authority_tbs,
     signature_algorithm_der,
     subject_key_id,
@@ -62,6 +64,7 @@ def test_leaf_equals_the_builders(
     names: list[str],
     pointing: DistributionPoints | None,
 ) -> None:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n) for n in names[:1]])
     below = hierarchy(algorithm=KeyAlgorithm.EC_P256)
     issuer_key, own = below.issuer.key, below.intermediate
     not_after = (not_before + life).replace(microsecond=0)
@@ -83,10 +86,11 @@ def test_leaf_equals_the_builders(
         spki=spki,
         spiffe_id=spiffe_id,
         dns_names=names,
+        subject=common_name(names[0]) if names else EMPTY_NAME,
     )
     builder = (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([]))
+        .subject_name(subject)
         .issuer_name(own.subject)
         .public_key(subject_key)
         .serial_number(serial)
@@ -112,7 +116,7 @@ def test_leaf_equals_the_builders(
                     *(x509.DNSName(name) for name in names),
                 ]
             ),
-            critical=True,
+            critical=not names,
         )
     )
     if urls:

@@ -88,9 +88,22 @@ def test_x_3_a_leaf_needs_a_path() -> None:
 
 
 @pytest.mark.clause("X-4")
-def test_x_4_no_subject_and_so_a_critical_san(leaf: x509.Certificate) -> None:
+def test_x_4_no_subject_and_so_a_critical_san() -> None:
+    leaf = leaf_of(hierarchy().issue())
     assert list(leaf.subject) == []
     assert leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).critical
+
+
+def test_the_first_dns_name_asked_for_is_the_common_name(leaf: x509.Certificate) -> None:
+    assert leaf.subject.rfc4514_string() == "CN=api.internal"
+    assert not leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).critical
+    longest = f"{'a' * 56}.example"
+    for name, subject in ((longest, f"CN={longest}"), (f"a{longest}", "")):
+        again = leaf_of(hierarchy().issue(dns_names=[name, "b.example"]))
+        assert again.subject.rfc4514_string() == subject
+        san = again.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        assert san.critical is (subject == "")
+        assert san.value.get_values_for_type(x509.DNSName)[1:] == [name, "b.example"]
 
 
 @pytest.mark.clause("X-5")

@@ -196,6 +196,33 @@ def test_x_1_to_x_10_wrong_extensions(case: str) -> None:
     assert rule in refused(tbs(extensions))
 
 
+NAMED: Extensions = replaced(ALL, san(URI, DNS, x509.DNSName("api.internal")), critical=False)
+NAMED_EXPECTED = dataclasses.replace(
+    GOOD,
+    dns_names=(OWN_NAME, "api.internal"),
+    subject=x509.Name.from_rfc4514_string("CN=api.internal").public_bytes(),
+)
+
+
+def named(subject: str = "CN=api.internal", extensions: Extensions = NAMED) -> bytes:
+    return tbs(extensions, subject=subject)
+
+
+def test_a_common_name_is_one_of_the_dns_names_and_the_san_is_not_critical() -> None:
+    lint_tbs(named(), WORKLOAD, NAMED_EXPECTED)
+    critical = replaced(NAMED, san(URI, DNS, x509.DNSName("api.internal")), critical=True)
+    assert "only there" in refused(named(extensions=critical), NAMED_EXPECTED)
+    assert "subject" in refused(named(subject=""), NAMED_EXPECTED)
+
+
+@pytest.mark.parametrize("subject", ["CN=other", "O=api.internal", "CN=api.internal,O=a"])
+def test_no_other_subject_of_a_leaf(subject: str) -> None:
+    name = x509.Name.from_rfc4514_string(subject).public_bytes()
+    expected = dataclasses.replace(NAMED_EXPECTED, subject=name)
+    with pytest.raises(LintFailed):
+        lint_tbs(named(subject), WORKLOAD, expected)
+
+
 def test_where_revocation_is_asked_about() -> None:
     lint_tbs(tbs(POINTING), WORKLOAD, POINTING_EXPECTED)
     lint_tbs(tbs(tuple(reversed(POINTING))), WORKLOAD, POINTING_EXPECTED)
@@ -459,6 +486,7 @@ def extension(whole: Element, oid: str) -> Element:
 
 KINDS: dict[str, tuple[Callable[[], bytes], X509Profile, Expectations]] = {
     "leaf": (tbs, WORKLOAD, GOOD),
+    "named leaf": (named, WORKLOAD, NAMED_EXPECTED),
     "pointing leaf": (lambda: tbs(POINTING), WORKLOAD, POINTING_EXPECTED),
     "authority": (authority, INTERMEDIATE, CA),
 }
