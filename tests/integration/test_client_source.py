@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from spiffe import SpiffeId
 
-from identity_api.broker.v1 import entry_pb2, entry_pb2_grpc, node_pb2, node_pb2_grpc, types_pb2
+from identity_api.broker.v1 import node_pb2, node_pb2_grpc, types_pb2
 from identity_client import (
     IdentityNotReady,
     IdentityRevoked,
@@ -207,7 +207,7 @@ async def test_jwt_svids_are_cached_by_audience_and_fetched_once(broker: Running
         assert checked.spiffe_id == SpiffeId(WEB)
         await until(lambda: source.status().revocations_synced)
         jti = next(one.id for one in listed if one.id in str(checked._claims))
-        await broker.revoke(id=jti)
+        await broker.revoke(jti=jti)
         await until(lambda: jti in source.denied)
         with pytest.raises(PeerRevoked):
             source.validate_jwt_svid(other.token, "c")
@@ -228,7 +228,7 @@ async def test_a_revoked_certificate_is_replaced_when_the_entry_stays(
 async def test_a_revoked_identity_is_not_handed_out_any_more(broker: RunningBroker) -> None:
     async with joined(broker, "n1", "/web") as source:
         await until(lambda: source.status().revocations_synced)
-        await broker.revoke(spiffe_id=WEB)
+        answer = await broker.revoke(spiffe_id=WEB)
         await until(lambda: source.status().state is SourceState.REVOKED)
         with pytest.raises(IdentityRevoked):
             source.snapshot()
@@ -237,14 +237,13 @@ async def test_a_revoked_identity_is_not_handed_out_any_more(broker: RunningBrok
         await until(lambda: source.status().failures > 0)
         with pytest.raises(IdentityRevoked, match="not authorized"):
             source.snapshot()
-        # An operator enables it again.
-        entries = await broker.stub(entry_pb2_grpc.EntryStub)
-        listed = await entries.List(entry_pb2.ListEntriesRequest())
-        (entry,) = listed.entries
-        entry.disabled = False
-        item = entry_pb2.BatchUpdateEntryRequest.Item(entry=entry, fields=["disabled"])
-        await entries.BatchUpdate(entry_pb2.BatchUpdateEntryRequest(items=[item]))
+        # An operator lifts the hold.
+        await broker.lift(answer.revocation.hold)
         await until(lambda: source.status().ready, 15)
+        # What is issued after the second in which it was revoked holds again.
+        await asyncio.sleep(1)
+        token = await source.fetch_jwt_svid("b")
+        source.validate_jwt_svid(token.token, "b")
 
 
 async def test_a_revoked_peer_is_refused_on_an_open_connection(broker: RunningBroker) -> None:
@@ -357,7 +356,7 @@ async def test_kept_state_needs_no_second_token(broker: RunningBroker, tmp_path:
     async with joined(broker, "n1", "/web", state_dir=state) as source:
         first = source.snapshot()
     files = {path.name: path.stat().st_mode & 0o777 for path in state.iterdir()}
-    assert files == {"node.json": 0o600, "lock": 0o600}
+    assert files == {"node.json": 0o600, "revocations.json": 0o600, "lock": 0o600}
     assert state.stat().st_mode & 0o777 == 0o700
     assert first.x509.key_pem.decode() not in (state / "node.json").read_text()
     again = IdentitySource.from_join_token(

@@ -244,10 +244,12 @@ class RevocationFollower:
             violation.retry_after = self._penance()
             _logger.warning("what is denied stays denied, and is asked for again: %s", violation)
             raise
-        self._denied.hear(now=now)
         if applied.denied or applied.released:
             self._enforce(denied=applied.denied)
         if applied.complete:
+            # A part of a state is no news of what is not in it: an agent that has lost its broker
+            # sends nothing that is complete.
+            self._denied.hear(now=now)
             self.sequence = message.sequence
             self._denied.feed_synced = True
             self._settled.set()
