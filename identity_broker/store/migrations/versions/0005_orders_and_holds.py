@@ -179,7 +179,7 @@ def _replace_check(table: str, name: str, old: str, new: str) -> None:
         op.create_check_constraint(op.f(name), table, new)
         return
     # SQLite would have to copy the whole ledger. A CHECK has no part in how rows are stored: its
-    # text may be replaced (https://www.sqlite.org/lang_altertable.html, section 7).
+    # text may be replaced (SQLite's "ALTER TABLE", section 7).
     version = connection.exec_driver_sql("PRAGMA schema_version").scalar_one()
     connection.exec_driver_sql("PRAGMA writable_schema = ON")
     changed = connection.execute(
