@@ -22,7 +22,8 @@ from identity_client import X509Material, client_ssl_context, peer_spiffe_id, se
 from identity_client.aio import IdentitySource
 from identity_client.testing import FakeTrustDomain
 from support.agent import RunningAgent, running_agent
-from support.line import RunningBroker, running, settings_in
+from support.line import RunningBroker, openbao_settings, running, settings_in
+from support.lists import below_a_file
 from support.proxies import Proxy
 from support.svid_watch import watching
 
@@ -32,8 +33,14 @@ SERVICE = "spiffe://example.org/service"
 
 
 @pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[RunningBroker]:
-    async with running(settings_in(tmp_path / "idb", ca={"key_manager": "memory"})) as one:
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RunningBroker]:
+    """Below an upstream: proxies check the whole chain, and need a list of each authority."""
+    if request.param == "openbao":
+        site = request.getfixturevalue("vault_site")
+        settings = openbao_settings(tmp_path / "idb", site, site.address)
+    else:
+        settings = settings_in(tmp_path / "idb", **below_a_file(tmp_path / "upstream"))
+    async with running(settings) as one:
         yield one
 
 
@@ -91,7 +98,10 @@ async def ask(port: int, context: ssl.SSLContext) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nginx", "haproxy"])
+@pytest.mark.openbao
+@pytest.mark.parametrize(
+    ("kind", "broker"), [("nginx", "disk"), ("haproxy", "openbao")], indirect=["broker"]
+)
 async def test_a_proxy_rotates_without_a_failed_request(
     broker: RunningBroker, agent: RunningAgent, tmp_path: Path, kind: str
 ) -> None:
@@ -125,7 +135,7 @@ async def test_a_proxy_rotates_without_a_failed_request(
                 shown.add(await serial_shown(proxy.port, context))
         serials |= {one["serial"] for one in watch.documents}
         assert shown <= serials
-        assert served > 50
+        assert served > 20
         assert all(one["exec_exit_code"] == 0 for one in watch.documents), watch.talk
         assert len(watch.documents) >= 3
 

@@ -29,17 +29,11 @@ from identity_broker.server.http.listener import HttpListener
 from identity_broker.server.http.readiness import Readiness
 from identity_broker.telemetry.metrics import Metrics
 from identity_ca.distribution import DistributionPoints, Shard
-from support.ca_material import (
-    foreign_ca,
-    key_pem,
-    pem,
-    signing_key,
-    write_private,
-)
 from support.line import AttestedClient, RunningBroker, running
 from support.lists import (
     Chain,
     base_of,
+    below_a_file,
     fetched,
     list_url,
     number_of,
@@ -56,29 +50,7 @@ STOLEN = 1
 
 def upstream_tables(kind: str, folder: Path) -> dict[str, Any]:
     """No authority above ours, or one whose key is a file."""
-    if kind == "selfsigned":
-        return {"ca": {"key_manager": "memory"}}
-    key = signing_key(nth=55)
-    now = datetime.now(UTC)
-    root = foreign_ca(
-        "Acme Root",
-        key,
-        not_before=now - timedelta(days=1),
-        not_after=now + timedelta(days=90),
-    )
-    folder.mkdir()
-    (folder / "root.pem").write_bytes(pem(root))
-    write_private(folder / "root.key", key_pem(key))
-    return {
-        "ca": {
-            "key_manager": "memory",
-            "upstream": "disk",
-            "disk": {
-                "cert_file": str(folder / "root.pem"),
-                "key_file": str(folder / "root.key"),
-            },
-        }
-    }
+    return below_a_file(folder) if kind == "disk" else {"ca": {"key_manager": "memory"}}
 
 
 class Site:

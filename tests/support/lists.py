@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from identity_broker.config.settings import Settings
+from support.ca_material import foreign_ca, key_pem, pem, signing_key, write_private
 from support.line import settings_in
 
 
@@ -110,3 +112,17 @@ async def fetched(url: str, **headers: str) -> httpx.Response:
     """What is at an address, on a connection of its own."""
     async with httpx.AsyncClient() as client:
         return await client.get(url, headers=headers)
+
+
+def below_a_file(folder: Path) -> dict[str, Any]:
+    """Tables of settings: an authority above ours, whose key is a file."""
+    key = signing_key(nth=55)
+    now = datetime.now(UTC)
+    root = foreign_ca(
+        "Acme Root", key, not_before=now - timedelta(days=1), not_after=now + timedelta(days=90)
+    )
+    folder.mkdir()
+    (folder / "root.pem").write_bytes(pem(root))
+    write_private(folder / "root.key", key_pem(key))
+    files = {"cert_file": str(folder / "root.pem"), "key_file": str(folder / "root.key")}
+    return {"ca": {"key_manager": "memory", "upstream": "disk", "disk": files}}
