@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/quickstart.md work, as typed, in the order they stand."""
+"""The commands in these documents work, as typed, in the order they stand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from support import repository
 from support.console import Block, Typist, blocks, matches
 
-DOCUMENTS = ["README.md", "docs/quickstart.md"]
+DOCUMENTS = ["README.md", "docs/quickstart.md", "docs/revocation.md"]
 
 
 @pytest.mark.slow
