@@ -5,8 +5,12 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
+from identity_api.broker.v1 import revocation_pb2 as pb
+from identity_api.broker.v1 import revocation_pb2_grpc
+from identity_client._wire.status import error_from_rpc
 from identity_client.admin import (
     AdminClient,
     Entry,
@@ -175,16 +179,29 @@ def test_what_cannot_be_revoked(dev_broker: DevBroker, subject: Subject, reason:
         assert caught.value.reason == reason
 
 
-def test_more_revocations_than_a_page(dev_broker: DevBroker) -> None:
-    subject = _registered(dev_broker, dev_broker.unique("many"))
+def test_revocations_and_holds_come_page_by_page(dev_broker: DevBroker) -> None:
+    subject = _registered(dev_broker, dev_broker.unique("pages"))
     revocations = dev_broker.admin.revocations
-    made = [
-        revocations.revoke(subject, without_hold=True).revocation.id
-        for _ in range(MORE_THAN_A_BATCH)
-    ]
-    found = [one.id for one in revocations.list()]
-    assert found[: len(made)] == made[::-1]
-    assert len(set(found)) == len(found)
+    made = [revocations.revoke(subject).revocation.id for _ in range(5)]
+    assert [one.id for one in revocations.list()][:5] == made[::-1]
+    options = [("grpc.default_authority", "localhost")]
+    socket = dev_broker.state.broker.admin_socket
+    with grpc.insecure_channel(f"unix:{socket}", options=options) as channel:
+        stub = revocation_pb2_grpc.RevocationStub(channel)
+        listed: list[str] = []
+        token = ""
+        while len(listed) < 5:
+            page = stub.List(pb.ListRevocationsRequest(page_size=2, page_token=token))
+            assert len(page.revocations) == 2
+            listed += [one.id for one in page.revocations]
+            token = page.next_page_token
+        assert listed[:5] == made[::-1]
+        held = stub.ListHolds(pb.ListHoldsRequest(page_size=3))
+        assert [one.name for one in held.holds] == made[:1:-1]
+        # A token is good for the list that it came with.
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ListHolds(pb.ListHoldsRequest(page_size=2, page_token=token))
+        assert error_from_rpc(caught.value).reason == "PAGE_TOKEN_INVALID"
 
 
 def test_an_answer_that_was_lost_is_asked_for_once_more(

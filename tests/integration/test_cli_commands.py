@@ -501,7 +501,7 @@ def test_authorities_and_bundle(idb: Idb) -> None:
 def test_the_doctor_finds_a_healthy_broker(idb: Idb) -> None:
     found = idb("doctor", "-o", "json")
     assert found.code == 0, found.out
-    assert found.json["verdict"] == "ok"
+    assert found.json["verdict"] == "ok", found.out
     checks = {one["check"] for one in found.json["findings"]}
     assert {"admin socket", "store", "signing_backend", "clock", "x509 authority"} <= checks
 
