@@ -145,6 +145,7 @@ class Follower:
 
     async def messages(self) -> AsyncIterator[bytes]:
         """What it is to be sent, until it says no more."""
+        self._raise()
         if not self._stand:
             full = self._relay.full()
             for place in range(len(full)):
@@ -301,6 +302,7 @@ class Relay:
         self._followers: dict[Follower, None] = {}
         self._full: _Full | None = None
         self._owes_complete = False
+        self._told_twice_to = 0  # up to here a sequence may mean either of two states
         self._beaten_at = monotonic()
         self.is_fresh = is_fresh
         self.sequence = 0
@@ -442,7 +444,7 @@ class Relay:
 
     def _remembers(self, stand: int) -> bool:
         first = self._steps[0].previous if self._steps else self.sequence
-        return 0 < first <= stand <= self.sequence
+        return max(first, self._told_twice_to + 1) <= stand <= self.sequence
 
     def _append(self, parts: Sequence[bytes], *, is_heartbeat: bool) -> None:
         revision = self._mirror.revision
@@ -474,6 +476,7 @@ class Relay:
         self._steps.clear()
         self._octets = 0
         self._full = None
+        self._told_twice_to = max(self._told_twice_to, self.sequence)
         self.sequence = revision
         for follower in tuple(self._followers):
             follower.refuse(WatchLagged("the broker went back to an older state"))

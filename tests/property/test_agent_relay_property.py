@@ -152,6 +152,7 @@ class Told:
         self.unacknowledged.append(message.sequence)
 
     async def read_all(self) -> None:
+        self.acknowledge_all()
         while await self.read():
             self.acknowledge_all()
 
