@@ -201,6 +201,8 @@ class Ocsp:
             if now >= held.good_until:
                 return None
             await self._directory.check()
+            if self._held.get(serial) is not held:
+                return None  # dropped in this moment
         self._held.move_to_end(serial)
         return answer
 
