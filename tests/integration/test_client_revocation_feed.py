@@ -24,6 +24,7 @@ from identity_client.peer import check_current, peer_from_pem
 from identity_client.revocation import DenySet, IdentityEpoch, RevokedCredential
 from identity_client.revocation_feed import RevocationFollower, verifier_name
 from identity_client.revocation_file import RevocationMemory
+from identity_client.staleness import DEFAULT_STALENESS
 from support.client import source_arguments, until
 from support.feed_server import FeedSession, ScriptedFeed, feeding, says, told
 from support.line import RunningBroker, running, settings_in
@@ -49,8 +50,9 @@ async def api(domain: ScriptedDomain) -> ScriptedWorkloadApi:
 async def following(
     directory: Path, staleness: StalenessPolicy | None = None
 ) -> AsyncIterator[IdentitySource]:
-    policy = {"staleness": staleness} if staleness else {}
-    source = IdentitySource.from_workload_api(f"unix://{directory / 'api.sock'}", **policy)
+    source = IdentitySource.from_workload_api(
+        f"unix://{directory / 'api.sock'}", staleness=staleness or DEFAULT_STALENESS
+    )
     async with source:
         yield source
 

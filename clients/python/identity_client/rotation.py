@@ -129,6 +129,12 @@ class Rotation(Generic[_C]):
             self._current, self._retired = None, []
         self._close_all(open_ones)
 
+    def has(self, which: Callable[[Generation[_C]], bool]) -> bool:
+        """Whether there is such a generation."""
+        with self._lock:
+            current = [] if self._current is None else [self._current]
+            return any(map(which, (*current, *self._retired)))
+
     def cut(self, doomed: Callable[[Generation[_C]], bool], why: PeerRejected) -> None:
         """Closes the generations that are doomed, calls under way included."""
         with self._lock:

@@ -128,6 +128,8 @@ class RotatingChannel(grpc.Channel):
         self.close()
 
     def _cut(self, doomed: Callable[[Generation[grpc.Channel]], bool], why: ServerRevoked) -> None:
+        if not self._rotation.has(doomed):
+            return
         # Closing waits for the calls' own threads; the source's must not.
         threading.Thread(
             target=self._rotation.cut, args=(doomed, why), name="identity-cut", daemon=True
