@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
 
 from identity_api.broker.v1 import credential_pb2, node_sync_pb2, revocation_feed_pb2, types_pb2
 from identity_client.errors import BrokerUnavailable, LimitReached
@@ -19,10 +20,13 @@ from identity_client.node import (
     NodeKeeper,
     NodePhase,
     SyncedEntry,
+    SyncedEpoch,
     SyncLost,
     SyncPosition,
     SyncUpdate,
+    Verifier,
 )
+from identity_client.node import reports as reports_module
 from identity_client.testing import FakeTrustDomain
 from support.client import until
 from support.node import Held, kept_node
@@ -39,6 +43,10 @@ from support.sync_server import (
 
 X509 = credential_pb2.CREDENTIAL_KIND_X509
 A, B, C = entry("a"), entry("b"), entry("c")
+EPOCH = revocation_feed_pb2.IdentityEpoch(
+    spiffe_id="spiffe://example.org/web", not_before=1_800_000_000, expires_at=1_900_000_000
+)
+DENIED = revocation_feed_pb2.DeniedAuthorities(ids=["ab", "cd"])
 
 
 @asynccontextmanager
@@ -88,6 +96,8 @@ async def test_everything_a_message_holds_arrives() -> None:
             spiffe_id="spiffe://example.org/web",
             revoked_at=1_800_000_000,
             expires_at=1_900_000_000,
+            reason=credential_pb2.REVOCATION_REASON_KEY_COMPROMISE,
+            authority_id="ab",
         )
         for kind in (credential_pb2.CREDENTIAL_KIND_X509, credential_pb2.CREDENTIAL_KIND_JWT)
     ]
@@ -96,7 +106,13 @@ async def test_everything_a_message_holds_arrives() -> None:
         site.scripts = scripts
         scripts.append(
             says(
-                site.full(9, [told], revocations=revocations),
+                site.full(
+                    9,
+                    [told],
+                    revocations=revocations,
+                    epochs=[EPOCH],
+                    denied_authorities=DENIED,
+                ),
                 delta(9, 9, entries_digest=digest_of([told])),
             )
         )
@@ -121,6 +137,17 @@ async def test_everything_a_message_holds_arrives() -> None:
                 jwt_ttl=None,
             )
             assert [one.kind for one in full.revocations] == ["x509", "jwt"]
+            assert {(one.reason, one.authority_id) for one in full.revocations} == {(1, "ab")}
+            assert full.epochs == (
+                SyncedEpoch(
+                    "spiffe://example.org/web",
+                    datetime.fromtimestamp(1_800_000_000, UTC),
+                    datetime.fromtimestamp(1_900_000_000, UTC),
+                ),
+            )
+            assert full.denied_authorities == ("ab", "cd")
+            assert full.released_ids == ()
+            assert beat.denied_authorities is None
             assert full.crls == (b"crl",)
             assert full.bundle is not None
             assert full.bundle.trust_domain == "example.org"
@@ -236,8 +263,19 @@ def unreadable(site: SyncServer) -> dict[str, node_sync_pb2.SyncResponse | bytes
         "a newline": delta(5, 6, changed=[entry("x", spiffe_id="spiffe://example.org/a\n")]),
         "a time beyond the calendar": delta(5, 6, changed=[entry("x", expires_at=2**60)]),
         "a moment beyond the calendar": delta(5, 6, sent_at_ms=253_402_300_799_999 + 1),
-        "a revocation of nothing": delta(5, 6, revocations=[revocation_feed_pb2.RevokedCredential(kind=X509)]),
-        "a revocation of no kind": delta(5, 6, revocations=[revocation_feed_pb2.RevokedCredential(id="x")]),
+        "a revocation of nothing": delta(
+            5, 6, revocations=[revocation_feed_pb2.RevokedCredential(kind=X509)]
+        ),
+        "an epoch of nobody": delta(5, 6, epochs=[revocation_feed_pb2.IdentityEpoch()]),
+        "a late epoch": delta(
+            5, 6, epochs=[revocation_feed_pb2.IdentityEpoch(spiffe_id="x", not_before=2**60)]
+        ),
+        "an authority without a name": delta(
+            5, 6, denied_authorities=revocation_feed_pb2.DeniedAuthorities(ids=["a", ""])
+        ),
+        "a revocation of no kind": delta(
+            5, 6, revocations=[revocation_feed_pb2.RevokedCredential(id="x")]
+        ),
     }
 
 
@@ -429,3 +467,167 @@ async def test_an_acknowledgement_of_a_lost_stream_does_no_harm() -> None:
                     if len(held) == 2:
                         break
             await until(lambda: site.sessions[1].acks == [6])
+
+
+# --- what is revoked ------------------------------------------------------------------------------
+
+
+def revoked(name: str) -> revocation_feed_pb2.RevokedCredential:
+    return revocation_feed_pb2.RevokedCredential(id=name, kind=X509, expires_at=1_900_000_000)
+
+
+async def test_of_joined_pieces_the_last_word_counts() -> None:
+    async with sync_server() as site:
+        site.scripts = [
+            says(
+                site.full(5, revocations=[revoked("a")], released_ids=["b"], complete=False),
+                delta(5, 5, revocations=[revoked("b")]),
+                delta(5, 8, revocations=[revoked("c"), revoked("d")], complete=False),
+                delta(8, 8, released_ids=["c", "a"], complete=False),
+                delta(8, 8, revocations=[revoked("a"), revoked("e")], released_ids=["e"]),
+                delta(8, 9, denied_authorities=revocation_feed_pb2.DeniedAuthorities()),
+            )
+        ]
+        async with kept_node(site.settings()) as keeper:
+            mirror = Held()
+            task = asyncio.create_task(mirror.run(keeper))
+            await until(lambda: mirror.revision == 9)
+            full, change, none_denied = mirror.updates
+            assert [one.id for one in full.revocations] == ["a", "b"]
+            assert full.released_ids == ()
+            assert full.denied_authorities == ()
+            assert [one.id for one in change.revocations] == ["d", "a", "e"]
+            assert change.released_ids == ("c",)
+            assert change.denied_authorities is None
+            assert none_denied.denied_authorities == ()
+            assert not none_denied.is_heartbeat
+            await keeper.close()
+            await task
+
+
+async def test_a_full_state_that_begins_again_has_nothing_of_the_one_before() -> None:
+    async with sync_server() as site:
+        site.scripts = [
+            says(
+                site.full(5, [A], revocations=[revoked("a")], complete=False),
+                site.full(6, [B], revocations=[revoked("b")]),
+            )
+        ]
+        async with kept_node(site.settings()) as keeper:
+            mirror = Held()
+            task = asyncio.create_task(mirror.run(keeper))
+            await until(lambda: mirror.revision == 6)
+            (full,) = mirror.updates
+            assert [one.id for one in full.revocations] == ["b"]
+            assert sorted(mirror.entries) == ["b"]
+            await keeper.close()
+            await task
+
+
+# --- who follows ----------------------------------------------------------------------------------
+
+
+async def test_reports_are_gathered_sent_on_change_and_again_on_every_stream() -> None:
+    verifiers: list[Verifier] = []
+    async with sync_server() as site:
+
+        async def first(session: Session) -> None:
+            await session.send(site.full(5))
+            await until(lambda: len(session.reports) == 2)
+            await refuses(session)
+
+        site.scripts = [first, says(delta(5, 6))]
+        async with kept_node(site.settings()) as keeper:
+            keeper.report_verifiers(lambda: verifiers)  # before there is a stream
+            mirror = Held()
+            task = asyncio.create_task(mirror.run(keeper))
+            await until(lambda: mirror.revision == 5)
+            for number in range(20):
+                verifiers.append(Verifier(f"w/{number}", number))
+                keeper.report_verifiers(lambda: verifiers)
+            await until(lambda: len(site.sessions[0].reports) == 1)
+            assert len(site.sessions[0].reports[0]) == 20
+            keeper.report_verifiers(lambda: verifiers)  # nothing has changed
+            await asyncio.sleep(3 * reports_module.GATHER_SECONDS)
+            assert len(site.sessions[0].reports) == 1
+            verifiers.clear()
+            keeper.report_verifiers(lambda: verifiers)
+            await until(lambda: len(site.sessions) == 2)
+            assert site.sessions[0].reports[1] == {}
+            verifiers.append(Verifier("w/1", 6))
+            keeper.report_verifiers(lambda: verifiers)
+            await until(lambda: site.sessions[1].reports[-1:] == [{"w/1": 6}])
+            assert site.sessions[1].acks[-1:] == [6]
+            await keeper.close()
+            await task
+
+
+async def test_a_report_has_no_more_than_a_broker_takes(caplog: pytest.LogCaptureFixture) -> None:
+    async with following() as (site, keeper, _):
+        site.scripts = [says(site.full(5))]
+        for count in (1_200, 1_201):
+            many = [Verifier(f"w/{number}", count) for number in range(count)]
+            keeper.report_verifiers(lambda many=many: many)  # type: ignore[misc]
+            await until(
+                lambda count=count: bool(  # type: ignore[misc]
+                    site.sessions
+                    and site.sessions[-1].reports
+                    and set(site.sessions[-1].reports[-1].values()) == {count}
+                )
+            )
+        assert len(site.sessions[-1].reports[-1]) == 1_000
+        assert "w/0" in site.sessions[-1].reports[-1]
+    assert len([one for one in caplog.records if "follow revocations" in one.message]) == 1
+
+
+async def test_reports_and_acknowledgements_do_not_meet() -> None:
+    # gRPC takes one message at a time: a second one would end the stream.
+    async with sync_server() as site:
+
+        async def script(session: Session) -> None:
+            await session.send(site.full(1))
+            for revision in range(1, 300):
+                await session.send(delta(revision, revision + 1))
+            await session.hang()
+
+        site.scripts = [script]
+        async with kept_node(site.settings()) as keeper:
+            mirror = Held()
+            task = asyncio.create_task(mirror.run(keeper))
+            for number in range(60):
+                keeper.report_verifiers(
+                    lambda number=number: [  # type: ignore[misc]
+                        Verifier(f"{each}/{number}", number) for each in range(900)
+                    ]
+                )
+                await asyncio.sleep(0.01)
+            await until(lambda: mirror.revision == 300)
+            await until(lambda: site.sessions[0].acks[-1:] == [300])
+            assert len(site.sessions) == 1
+            assert not mirror.reasons
+            assert site.sessions[0].reports
+            await keeper.close()
+            await task
+
+
+async def test_a_node_whose_authority_is_denied_renews_itself() -> None:
+    async with sync_server() as site:
+        authority = site.domain.bundle.x509_authorities[0]
+        name = x509.SubjectKeyIdentifier.from_public_key(authority.public_key()).digest.hex()
+        denies = revocation_feed_pb2.DeniedAuthorities(ids=[name])
+        others = revocation_feed_pb2.DeniedAuthorities(ids=["00"])
+
+        async def script(session: Session) -> None:
+            await session.send(site.full(5, denied_authorities=others))
+            await until(lambda: session.acks == [5])
+            assert site.renewals == 0
+            await session.send(delta(5, 6, denied_authorities=denies))
+            await session.hang()
+
+        site.scripts = [script]
+        async with kept_node(site.settings()) as keeper:
+            mirror = Held()
+            task = asyncio.create_task(mirror.run(keeper))
+            await until(lambda: site.renewals == 1)
+            await keeper.close()
+            await task

@@ -42,11 +42,17 @@ NODE = SpiffeId("spiffe://example.org/idb/node/join_token/n1")
 
 
 class Session:
-    """One call of the stream, as its script sees it."""
+    """One call of the stream, as its script sees it.
+
+    Attributes:
+        acks: the revisions the node has acknowledged.
+        reports: who follows revocations through it, whenever it said so: name → revision.
+    """
 
     def __init__(self, context: Any, hello: node_sync_pb2.SyncRequest.Hello) -> None:
         self.hello = hello
         self.acks: list[int] = []
+        self.reports: list[dict[str, int]] = []
         self._context = context
 
     async def send(self, message: node_sync_pb2.SyncResponse | bytes) -> None:
@@ -157,7 +163,11 @@ class SyncServer:
 
         async def listen() -> None:
             async for request in requests:
-                session.acks.append(request.ack.revision)
+                if request.WhichOneof("step") == "verifiers":
+                    verifiers = request.verifiers.verifiers
+                    session.reports.append({each.name: each.revision for each in verifiers})
+                else:
+                    session.acks.append(request.ack.revision)
 
         listening = asyncio.create_task(listen())
         try:
