@@ -85,7 +85,8 @@ def issued(idb: Idb, dev_broker: DevBroker, tmp_path: Path) -> Issued:
 
 def again(idb: Idb, one: Issued) -> Ran:
     """Fetch the identity's next SVID as the same node."""
-    return idb("svid", "fetch", "--state-dir", str(one.state), "--spiffe-id", one.path)
+    fetch = ["svid", "fetch", "--state-dir", str(one.state), "--spiffe-id", one.path]
+    return idb(*fetch, "--timeout", "3")
 
 
 def state_of(idb: Idb, serial: str) -> str:
@@ -298,6 +299,9 @@ def test_a_node_is_put_on_hold(idb: Idb, issued: Issued) -> None:
     assert f"on hold: {done.json['revocation']['id']}" in shown.out
     assert "unspecified: lost" in shown.out
     assert idb("node", "show", issued.node, "-o", "json").json["banned"] is True
+    assert idb("hold", "lift", done.json["revocation"]["id"], "--yes").code == 0
+    assert idb("node", "show", issued.node, "-o", "json").json["banned"] is False
+    assert state_of(idb, issued.serial) == "revoked"
 
 
 def test_a_large_revocation_is_followed_to_its_end(
