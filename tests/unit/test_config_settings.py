@@ -209,6 +209,9 @@ def test_relative_paths_are_relative_to_their_file(tmp_path: Path) -> None:
         ("ledger.unconfirmed_after", "1s", "1h", "999ms", "1h1s"),
         ("ledger.retain_expired", "0s", "3650d", "-1s", "3651d"),
         ("bundle.refresh_hint", "1s", "24h", "999ms", "24h1s"),
+        ("revocation.crl_validity", "1s", "24h", "999ms", "24h1s"),
+        ("revocation.ocsp_validity", "1s", "24h", "999ms", "24h1s"),
+        ("revocation.acknowledge_timeout", "100ms", "5m", "99ms", "5m1ms"),
     ],
 )
 def test_every_duration_has_a_shortest_and_a_longest(
