@@ -26,6 +26,7 @@ from identity_broker.lifecycle.issue import Issue
 from identity_broker.lifecycle.orders import Orders
 from identity_broker.lifecycle.record import Record
 from identity_broker.lifecycle.rotate import RotateAuthorities
+from identity_broker.lifecycle.statement import Statements
 from identity_broker.server.app import BoundAddresses, run_broker
 from identity_broker.signing import Signing
 from identity_broker.store import Store
@@ -52,6 +53,7 @@ POINTS: dict[str, tuple[type, str]] = {
     "sweep": (Orders, "sweep"),
     "replace": (RotateAuthorities, "revoke"),
     "lift": (Holds, "lift"),
+    "close": (Statements, "_close"),
 }
 
 
