@@ -19,6 +19,7 @@ from identity_broker.domain.paging import CredentialFilter
 from identity_broker.domain.revocation import SubjectKind
 from identity_broker.lifecycle import ocsp as ocsp_module
 from identity_broker.lifecycle import ocsp_responders
+from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.issue import JwtOrder, one
 from identity_broker.lifecycle.ocsp import Ocsp, OcspAnswer
 from identity_broker.lifecycle.ocsp_responders import Responders
@@ -326,6 +327,24 @@ async def test_a_revocation_while_the_ledger_is_read_wins(
         patch.setattr(ocsp_module._Lookups, "find", found_then_revoked)
         assert statuses(await asker.ask([serial_of(svid)])) == ["revoked"]
     assert await asker.of(svid) == "revoked"
+
+
+async def test_what_another_broker_revoked_is_heard_of(asker: Asker, parts: Parts) -> None:
+    kept, new = await parts.svid(), await parts.svid()
+    await parts.store.ledger.flush()
+    here = parts.directory
+    parts.directory = Directory(parts.store, parts.signing.trust_domain, parts.clock)
+    await parts.directory.load()
+    other = Asker(parts)
+    parts.directory = here
+    assert await other.of(kept) == "good"
+    for svid in (kept, new):
+        await parts.end_one(svid.serial)
+    # What it does not keep it reads in the ledger, ahead of the change feed.
+    assert await other.of(new) == "revoked"
+    assert await other.of(kept) == "good"
+    await other.ocsp._directory.sync()
+    assert await other.of(kept) == "revoked"
 
 
 async def test_memory_is_bounded(
