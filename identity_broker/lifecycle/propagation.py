@@ -119,11 +119,15 @@ class Outcome(StrEnum):
 class _Mark:
     """One verifier of one order.
 
-    `since` is when the last of the order committed that it has, or waits for.
+    Attributes:
+        since: when the part of the order committed that it acknowledged last, or waits for.
+        latency: seconds, the most of all parts; None while it has not acknowledged one.
+        before: of the parts before.
     """
 
     since: float
     latency: float | None = None
+    before: float = 0.0
     acknowledged_at: datetime | None = None
     counted: bool = False
 
@@ -319,7 +323,10 @@ class Propagation:
                 at = min(max(self._verifiers.heard_at(verifier), since), now)
                 self._acknowledged(tracked, verifier, at)
             return
-        mark.since, mark.latency, mark.acknowledged_at = since, None, None
+        if mark.latency is not None:
+            # It has the part before, and is to have this one.
+            mark.since, mark.before = since, mark.latency
+            mark.latency = mark.acknowledged_at = None
         self._awaited.setdefault(verifier, set()).add(order_id)
         if verifier in self._verifiers:
             tracked.waiting.add(verifier)
@@ -330,7 +337,7 @@ class Propagation:
 
     def _acknowledged(self, tracked: _Tracked, verifier: Verifier, at: float) -> None:
         mark = tracked.marks[verifier]
-        mark.latency = max(0.0, at - mark.since)
+        mark.latency = max(mark.before, at - mark.since)
         mark.acknowledged_at = self._clock.now()
         if tracked.seen and not mark.counted:
             self._on_acknowledged(mark.latency)
@@ -416,7 +423,7 @@ class Propagation:
             verifier,
             VerifierState.ACKNOWLEDGED,
             mark.acknowledged_at if seen else None,
-            math.ceil(mark.latency * 1000) if seen else UNKNOWN_MS,
+            math.ceil(round(mark.latency * 1000, 3)) if seen else UNKNOWN_MS,
         )
 
 
