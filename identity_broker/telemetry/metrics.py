@@ -79,7 +79,7 @@ class Metrics:
         self.crl_entries = Gauge(
             "idb_crl_entries", "Revoked X.509-SVIDs on the full lists in force", registry=registry
         )
-        self.crl_octets = Gauge(
+        self.crl_bytes = Gauge(
             "idb_crl_bytes", "Size of the full lists in force", registry=registry
         )
         self.crl_expires = Gauge(

@@ -13,9 +13,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from identity_ca.backends.disk import DiskUpstream
-from identity_ca.errors import BackendMisconfigured, KeyTooWeak, ProfileViolation
+from identity_ca.errors import (
+    BackendMisconfigured,
+    KeyTooWeak,
+    ProfileViolation,
+    UpstreamRejected,
+)
 from identity_ca.keys import KeyAlgorithm
-from identity_ca.upstream import SignedAuthority
+from identity_ca.upstream import SignedAuthority, verify_upstream_list
+from support.ca import ca_extensions, forge, key_usage, replaced
 from support.ca_material import (
     DAY,
     NOW,
@@ -315,3 +321,65 @@ def test_roots_own_file_may_be_readable_by_the_brokers_group(files, monkeypatch,
         assert certify(files.upstream()).chain
     else:
         refused(files.upstream(), "other users")
+
+
+# --- revocation lists -----------------------------------------------------------------------------
+
+
+def lists_of(upstream: DiskUpstream) -> tuple[bytes, ...]:
+    return upstream.revocation_lists(
+        number=41, this_update=NOW, next_update=NOW + timedelta(hours=1)
+    )
+
+
+def test_an_empty_list_of_the_ca_whose_key_is_here(files):
+    root = a_root()
+    sub = a_sub_ca(root)
+    [der] = lists_of(files.write(sub, root, key=SUB_KEY).upstream())
+    found = verify_upstream_list(der, [root, sub])
+    assert (found.number, found.entries) == (41, 0)
+    assert found.next_update == (NOW + timedelta(hours=1)).replace(microsecond=0)
+    own = sub.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    assert found.authority_id == own.hex()
+    with pytest.raises(UpstreamRejected, match="no authority above ours"):
+        verify_upstream_list(der, [root])
+
+
+def test_a_list_of_another_s_signature_is_nobody_s(files):
+    """The same name, and another key: an organization that made its CA anew."""
+    [der] = lists_of(files.write(a_root()).upstream())
+    namesake = foreign_ca("Acme Root", SUB_KEY)
+    with pytest.raises(UpstreamRejected, match="no authority above ours"):
+        verify_upstream_list(der, [namesake])
+
+
+def test_a_ca_that_may_not_sign_lists_has_none(files):
+    usage = key_usage(sign=True)
+    certificates_only = x509.KeyUsage(
+        **{
+            name: getattr(usage, name)
+            for name in (
+                *("digital_signature", "content_commitment", "key_encipherment"),
+                *("data_encipherment", "key_agreement", "key_cert_sign"),
+            )
+        },
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    root = forge(
+        subject="Acme Root",
+        key=ROOT_KEY,
+        issuer=None,
+        issuer_key=ROOT_KEY,
+        extensions=replaced(
+            ca_extensions(path_length=1, trust_domain=None), certificates_only, critical=True
+        ),
+        not_after=NOW + timedelta(days=90),
+    )
+    assert lists_of(files.write(root).upstream()) == ()
+
+
+def test_lists_of_files_that_cannot_be_used(files):
+    with pytest.raises(BackendMisconfigured):
+        lists_of(files.upstream())

@@ -182,11 +182,14 @@ class RevocationLists:
         self._news.set()
 
     async def start(self) -> None:
-        """Make the first lists; what cannot be signed now is left to `run`."""
+        """Make the first lists; what cannot be had now is left to `run`."""
         await self._attempt(0)
+        await self._look_above()
 
     async def run(self) -> None:
         """Make what is due until cancelled."""
+        # An upstream that does not answer holds nothing up.
+        above = asyncio.create_task(self._follow_above())
         try:
             failures = await self._attempt(0)
             while True:
@@ -200,8 +203,21 @@ class RevocationLists:
                             await asyncio.sleep(GATHER.total_seconds())
                 failures = await self._attempt(failures)
         finally:
+            above.cancel()
             if self._telling is not None:
                 self._telling.cancel()
+            await asyncio.gather(above, return_exceptions=True)
+
+    async def _follow_above(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                await self._look_above()
+            except Exception:  # noqa: BLE001  # a bug must not end the lists for good
+                _log.exception("no revocation list from the upstream")
+
+    async def _look_above(self) -> bool:
+        return await self._upstream.look() and self._publish()
 
     def _rest(self) -> float:
         """How long there is nothing to do, unless there is news."""
@@ -241,7 +257,8 @@ class RevocationLists:
         Raises:
             StoreUnavailable, SigningBackendUnavailable: some could not be; the former ones stay.
         """
-        return await self._renew(paced=False)
+        changed = await self._renew(paced=False)
+        return await self._look_above() or changed
 
     async def _renew(self, *, paced: bool) -> bool:
         async with self._rebuilding:
@@ -260,7 +277,6 @@ class RevocationLists:
                     )
                 except BrokerError as error:
                     failed = error
-            await self._upstream.look()
             changed = self._publish()
             if failed is not None:
                 raise failed
@@ -289,7 +305,7 @@ class RevocationLists:
     def _publish(self) -> bool:
         documents = self.full_lists()
         self._metrics.crl_entries.set(sum(one.entries for one in documents))
-        self._metrics.crl_octets.set(sum(len(one.der) for one in documents))
+        self._metrics.crl_bytes.set(sum(len(one.der) for one in documents))
         if documents:
             expires = min(one.next_update for one in documents)
             self._metrics.crl_expires.set(expires.timestamp())
