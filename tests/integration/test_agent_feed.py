@@ -22,6 +22,7 @@ from identity_api.broker.v1 import (
     types_pb2,
 )
 from identity_broker.agent import follow, relay
+from identity_broker.agent.workload_api.limits import Limits
 from identity_ca.serial import serial_hex
 from identity_client._wire.workload import (
     SECURITY_METADATA,
@@ -276,6 +277,23 @@ async def test_who_acknowledges_nothing_is_let_go_and_the_others_are_not_held_up
         assert mute.reason == "WATCH_LAGGED"
         await asyncio.sleep(1.2)
         assert not one.over
+
+
+async def test_a_process_holds_so_many_streams_and_no_more(agent: RunningAgent) -> None:
+    most = Limits().process_streams
+    channels = [agent.channel(), agent.channel()]
+    async with AsyncExitStack() as stack:
+        everybody = [
+            await stack.enter_async_context(verifier(channels[number % 2]))
+            for number in range(most)
+        ]
+        await until(lambda: all(one.complete_at for one in everybody), 30)
+        assert agent.agent.report().followers == most
+        async with verifier(agent.channel()) as refused:
+            await until(lambda: refused.over)
+            assert refused.reason == "RATE_LIMITED"
+        # Those of one process are one to the broker.
+        assert len(agent.agent._relay.verifiers()) == 1
 
 
 # --- the broker away ------------------------------------------------------------------------------
