@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 
 from identity_api.broker.v1 import types_pb2
-from identity_client import PeerRejected, PeerRevoked, StalenessPolicy
+from identity_client import (
+    PeerRejected,
+    PeerRevoked,
+    StalenessPolicy,
+    client_ssl_context,
+    server_ssl_context,
+)
 from identity_client.aio import IdentitySource
 from identity_client.clock import utc_now
 from identity_client.holder import IdentityHolder
@@ -320,6 +326,40 @@ async def test_what_was_known_is_denied_without_a_broker(
     async with IdentitySource(settings) as back:
         await back.wait_ready(10)
         assert stolen.serial in back.denied
+
+
+async def test_an_idle_connection_ends_within_a_second_of_the_command(
+    broker: RunningBroker,
+) -> None:
+    ended: list[Exception | bytes] = []
+    done = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            ended.append(await reader.read(1))
+        except OSError as error:
+            ended.append(error)
+        writer.close()
+        done.set()
+
+    web, api = await joined(broker, "n1", "/web"), await joined(broker, "n2", "/api")
+    async with web, api:
+        await web.wait_ready(10)
+        await api.wait_ready(10)
+        context = server_ssl_context(api, authorize=WEB)
+        async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+            _, writer = await asyncio.open_connection(
+                *server.sockets[0].getsockname(), ssl=client_ssl_context(web, authorize=API)
+            )
+            await asyncio.sleep(0.1)
+            assert not done.is_set()
+            await broker.revoke(spiffe_id=WEB)
+            async with asyncio.timeout(1):
+                await done.wait()
+            writer.close()
+    (error,) = ended
+    assert isinstance(error, PeerRejected)
+    assert error.reason == "PEER_REVOKED"
 
 
 def _kept_ids(file: Path) -> str:

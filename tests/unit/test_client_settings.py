@@ -24,12 +24,15 @@ from identity_ca.spiffe_id import TrustDomain as CaTrustDomain
 from identity_client import SettingsInvalid, SourceClosed, any_of_trust_domain, below
 from identity_client.attestation import CertificateAttestor, JoinTokenAttestor, pop_message
 from identity_client.authorization import peer_rule
+from identity_client.environment import any_settings_from_env
 from identity_client.errors import IdentityNotReady, PeerRejected, ProtocolViolation
 from identity_client.peer import Peer, peer_from_der
 from identity_client.settings import ENVIRONMENT, settings_from_env
 from identity_client.source import IdentitySource
+from identity_client.staleness import StalenessPolicy
 from identity_client.state_dir import NodeState, StateDir
 from identity_client.testing import FakeTrustDomain
+from identity_client.workload_api.settings import WorkloadApiSettings
 
 ENV = {
     "IDENTITY_BROKER_ADDRESS": "127.0.0.1:8081",
@@ -74,6 +77,22 @@ def test_what_cannot_be_used_is_refused_without_the_token(change: dict[str, str]
     with pytest.raises(SettingsInvalid) as refused:
         settings_from_env(ENV | change)
     assert "secret-token" not in str(refused.value)
+
+
+def test_what_silence_means_is_read_with_either_kind_of_source() -> None:
+    name = "IDENTITY_BROKER_REVOCATION_STALENESS"
+    assert name in ENVIRONMENT
+    assert settings_from_env(ENV).staleness == StalenessPolicy.warn(60)
+    assert settings_from_env(ENV | {name: "refuse:5m"}).staleness == StalenessPolicy.refuse(300)
+    with pytest.raises(SettingsInvalid) as refused:
+        settings_from_env(ENV | {name: "maybe"})
+    assert name in refused.value.message
+    api = {"SPIFFE_ENDPOINT_SOCKET": "unix:///run/api.sock"}
+    found = any_settings_from_env(api | {name: "refuse:90"})
+    assert isinstance(found, WorkloadApiSettings)
+    assert found.staleness == StalenessPolicy.refuse(90)
+    with pytest.raises(SettingsInvalid, match=name):
+        any_settings_from_env(api | {name: "refuse"})
 
 
 def test_the_token_is_in_no_representation() -> None:
