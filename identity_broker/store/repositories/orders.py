@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy import Connection, insert, literal, select, text, update
 
 from identity_broker.domain.paging import Page
 from identity_broker.domain.revocation import RevocationOrder
@@ -10,6 +10,11 @@ from identity_broker.errors import RevocationExists, RevocationNotFound
 from identity_broker.store.order_mapping import order_from_row, order_values
 from identity_broker.store.order_tables import UNFINISHED, revocation_orders
 from identity_broker.store.repositories import page_keys
+
+_LISTED = [
+    literal("").label(column.name) if column.name == "statement" else column
+    for column in revocation_orders.c
+]
 
 
 class OrderRepository:
@@ -62,10 +67,12 @@ class OrderRepository:
     def page(self, before: str, size: int) -> Page[RevocationOrder]:
         """A page, newest first, beginning behind the key `before` (empty: at the newest).
 
+        Without the statements, which are long: `get` has them.
+
         Raises:
             PageTokenInvalid: `before` is not a key of a page.
         """
-        query = select(revocation_orders).order_by(revocation_orders.c.seq.desc()).limit(size + 1)
+        query = select(*_LISTED).order_by(revocation_orders.c.seq.desc()).limit(size + 1)
         if before:
             query = query.where(revocation_orders.c.seq < page_keys.row_number(before))
         rows = list(self._connection.execute(query))
