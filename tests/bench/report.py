@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import agent_report
+from bench import agent_report, revocation_rows
 from bench.columns import columns, median
 from bench.measured import Round
 
@@ -122,6 +122,7 @@ def document(results: Results) -> dict[str, Any]:
         "parts_us": {part.name.strip(): asdict(part) for part in results.parts},
         "pipeline_us": results.pipeline,
         "agent": results.agent.document(),
+        "revocation": results.revocation.document(),
         "checks": {
             "answers_verified": results.verified,
             "credentials_received": results.received,
@@ -174,6 +175,7 @@ def table(results: Results) -> str:
         _memory(results),
         _micro(results),
         *agent_report.parts(results.agent),
+        *revocation_rows.parts(results.revocation),
         _checks(results),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -34,17 +34,18 @@ if __name__ == "__main__":
 
 import psutil
 
-from bench import agent_rows, memory, micro, report
+from bench import agent_rows, memory, micro, report, revocation_rows
 from bench.agent_rows import AgentPlan, AgentResults
 from bench.columns import median
 from bench.contenders import ANY_CONCURRENCY, NAMES, Contender, LineUp, line_up
 from bench.generator import Outcome, closed_loop, open_loop
 from bench.measured import Latencies, Round
+from bench.revocation_rows import RevocationPlan, RevocationResults
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / ".bench" / "results.json"
 CEILING = "ceiling"
-EXTRAS = ("memory", "micro", "latency", *agent_rows.NAMES)
+EXTRAS = ("memory", "micro", "latency", *agent_rows.NAMES, *revocation_rows.NAMES)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Plan:
     micro_calls: int = 300
     pipeline_rounds: int = 30
     agent: AgentPlan = field(default_factory=AgentPlan)
+    revocation: RevocationPlan = field(default_factory=RevocationPlan)
 
 
 QUICK = Plan(
@@ -76,6 +78,7 @@ QUICK = Plan(
     micro_calls=20,
     pipeline_rounds=4,
     agent=agent_rows.QUICK,
+    revocation=revocation_rows.QUICK,
 )
 
 
@@ -93,6 +96,7 @@ class Results:
     parts: list[micro.Part] = field(default_factory=list)
     pipeline: dict[str, float] = field(default_factory=dict)
     agent: AgentResults = field(default_factory=AgentResults)
+    revocation: RevocationResults = field(default_factory=RevocationResults)
     recorded: int = 0
     received: int = 0
     verified: int = 0
@@ -164,7 +168,8 @@ def measure(plan: Plan, wanted: tuple[str, ...], directory: Path) -> Results:
         )
         results.pipeline = micro.pipeline(plan.pipeline_rounds)
     results.agent = agent_rows.measure(plan.agent, wanted, directory, _say)
-    results.verified += results.agent.verified
+    results.revocation = revocation_rows.measure(plan.revocation, wanted, directory, _say)
+    results.verified += results.agent.verified + results.revocation.verified
     results.seconds = time.perf_counter() - began
     return results
 
