@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Final
 
-from identity_broker.agent.denied import Denied, DeniedChange
+from identity_broker.agent.denied import DeniedChange
 from identity_broker.agent.mirror import Mirror
+from identity_broker.agent.relayed import Step, WholeState, parts_of
 from identity_broker.domain.clock import Clock
 from identity_broker.errors import BrokerError, MalformedRequest, WatchLagged
 from identity_broker.telemetry.logs import get_logger
@@ -45,62 +46,6 @@ _SPREAD_MS: Final = 1000
 _LAST_WORD_SECONDS: Final = 1.0  # for the message that is being written when a stream is to end
 _TICK_SECONDS: Final = 1.0
 _KEEP_FULL_SECONDS: Final = 10.0
-_MOST_REVOKED: Final = 1000  # in a message: 3 ms of work
-_MOST_OTHERS: Final = 2000
-_MESSAGE_OCTETS: Final = 256 * 1024
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One change, in messages that all followers get alike; a heartbeat says nothing."""
-
-    previous: int
-    sequence: int
-    messages: tuple[bytes, ...] = field(repr=False)
-    is_heartbeat: bool
-
-    @property
-    def octets(self) -> int:
-        return sum(map(len, self.messages))
-
-
-class _Full:
-    """The whole state of one moment, made octets as it is sent, once for all who begin together.
-
-    Attributes:
-        number: of the step that comes after it.
-    """
-
-    def __init__(self, denied: Denied, *, sequence: int, number: int, tick: float) -> None:
-        self.sequence = sequence
-        self.number = number
-        self.used = tick
-        change = DeniedChange(epochs=denied.epochs, authorities=denied.authorities)
-        self._others = list(_joined(_parts(change)))
-        self._credentials = denied.credentials()
-        self._revoked: list[bytes | None] = [None] * (-(-len(self._credentials) // _MOST_REVOKED))
-        # The last of the others goes with the first of the revoked: mostly one message is enough.
-        self._both = self._others.pop() if self._revoked else b""
-
-    def __len__(self) -> int:
-        """Messages."""
-        return len(self._others) + len(self._revoked)
-
-    def part(self, place: int) -> bytes:
-        """What a message says beside its header."""
-        if place < len(self._others):
-            return self._others[place]
-        place -= len(self._others)
-        part = self._revoked[place]
-        if part is None:
-            start = place * _MOST_REVOKED
-            part = wire.revoked(self._credentials.part(start, start + _MOST_REVOKED))
-            if not place:
-                part += self._both
-            self._revoked[place] = part
-        return part
 
 
 @dataclass(slots=True)
@@ -165,7 +110,7 @@ class Follower:
                 yield self._message_of(step, place, octets)
             self._stand, self._number = step.sequence, self._number + 1
 
-    def _piece_of(self, full: _Full, place: int) -> bytes:
+    def _piece_of(self, full: WholeState, place: int) -> bytes:
         complete = place == len(full) - 1 and self._relay.says_complete()
         self._hand(full.sequence, complete=complete)
         full.used = monotonic()
@@ -177,7 +122,7 @@ class Follower:
         )
         return header + full.part(place)
 
-    def _message_of(self, step: _Step, place: int, octets: bytes) -> bytes:
+    def _message_of(self, step: Step, place: int, octets: bytes) -> bytes:
         last = place == len(step.messages) - 1
         complete = last and self._relay.says_complete()
         self._hand(step.sequence, complete=complete)
@@ -201,7 +146,7 @@ class Follower:
             await self._pause()
         return not self._done
 
-    async def _next(self) -> _Step | None:
+    async def _next(self) -> Step | None:
         """The next step, once there is one; None when it says no more.
 
         Raises:
@@ -297,10 +242,10 @@ class Relay:
         self._mirror = mirror
         self._clock = clock
         self._on_change = on_change
-        self._steps: deque[_Step] = deque()
+        self._steps: deque[Step] = deque()
         self._octets = 0
         self._followers: dict[Follower, None] = {}
-        self._full: _Full | None = None
+        self._full: WholeState | None = None
         self._owes_complete = False
         self._told_twice_to = 0  # up to here a sequence may mean either of two states
         self._beaten_at = monotonic()
@@ -321,7 +266,7 @@ class Relay:
         elif not self.sequence:
             self.sequence = revision
         elif change:
-            self._append(tuple(_joined(_parts(change))), is_heartbeat=False)
+            self._append(parts_of(change), is_heartbeat=False)
         elif self._owes_complete and self.is_fresh():
             self.beat()
 
@@ -388,10 +333,10 @@ class Relay:
 
     # --- what followers are told ----------------------------------------------------------------
 
-    def full(self) -> _Full:
+    def full(self) -> WholeState:
         """The whole state; an earlier one, if all that came since is remembered."""
         if self._full is None or self._full.number < self._first_number:
-            self._full = _Full(
+            self._full = WholeState(
                 self._mirror.denied,
                 sequence=self.sequence,
                 number=self.number,
@@ -399,7 +344,7 @@ class Relay:
             )
         return self._full
 
-    def step(self, number: int) -> _Step | None:
+    def step(self, number: int) -> Step | None:
         """The step of that number; None before there is one.
 
         Raises:
@@ -457,7 +402,7 @@ class Relay:
             + part
             for place, part in enumerate(parts)
         )
-        step = _Step(self.sequence, revision, messages, is_heartbeat)
+        step = Step(self.sequence, revision, messages, is_heartbeat)
         self._steps.append(step)
         self._octets += step.octets
         self.sequence = revision
@@ -480,33 +425,3 @@ class Relay:
         self.sequence = revision
         for follower in tuple(self._followers):
             follower.refuse(WatchLagged("the broker went back to an older state"))
-
-
-def _parts(change: DeniedChange) -> Iterator[bytes]:
-    """What a change says, in parts of bounded size."""
-    for revoked in _cut(change.revoked, _MOST_REVOKED):
-        yield wire.revoked(revoked)
-    for released in _cut(change.released, _MOST_OTHERS):
-        yield wire.rest(released_ids=released)
-    for epochs in _cut(change.epochs, _MOST_OTHERS):
-        yield wire.rest(epochs=epochs)
-    if change.authorities is not None:
-        yield wire.rest(denied_authorities=change.authorities)
-
-
-def _cut(items: Sequence[_T], length: int) -> Iterator[Sequence[_T]]:
-    return (items[start : start + length] for start in range(0, len(items), length))
-
-
-def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The parts again, small ones together."""
-    together: list[bytes] = []
-    octets = 0
-    for part in parts:
-        if together and octets + len(part) > _MESSAGE_OCTETS:
-            yield b"".join(together)
-            together, octets = [], 0
-        together.append(part)
-        octets += len(part)
-    if together:
-        yield b"".join(together)

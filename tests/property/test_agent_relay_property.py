@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from identity_api.broker.v1 import revocation_feed_pb2 as pb
 from identity_broker.agent import relay as relay_module
+from identity_broker.agent import relayed
 from identity_broker.agent.denied import DeniedChange
 from identity_broker.agent.mirror import Mirror
 from identity_broker.agent.relay import WINDOW, Follower, Relay
@@ -186,8 +187,8 @@ class Following(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(relay_module, "MOST_STEPS", 4)
-        self.patch.setattr(relay_module, "_MOST_REVOKED", 3)
-        self.patch.setattr(relay_module, "_MESSAGE_OCTETS", 150)
+        self.patch.setattr(relayed, "_MOST_REVOKED", 3)
+        self.patch.setattr(relayed, "_MESSAGE_OCTETS", 150)
         self.site = self.run(self._made())
         self.here: list[Told] = []
         self.gone: list[Told] = []
