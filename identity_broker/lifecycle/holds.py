@@ -2,11 +2,12 @@
 
 - Lifting is one transaction: what the hold stopped, and what was revoked with it for
   certificateHold, is free or valid again together, or not at all.
-- What another lasting hold covers stays held, by that one.
+- What another lasting hold covers stays held or revoked, by that one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
@@ -15,10 +16,12 @@ from identity_broker.domain.caller import Caller
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditEvent, AuditKind
-from identity_broker.domain.paging import Page
+from identity_broker.domain.paging import MAX_PAGE_SIZE, Page
 from identity_broker.domain.revocation import Hold
+from identity_broker.domain.selection import Selection
 from identity_broker.errors import HoldNotFound
 from identity_broker.lifecycle.directory import Directory
+from identity_broker.lifecycle.plan import stops_issuance
 from identity_broker.store import STEP, Repositories, Store
 from identity_broker.telemetry.logs import get_logger
 
@@ -126,19 +129,51 @@ def lift_in(repos: Repositories, name: str, now: datetime, by: str) -> Lifted:
 
 
 def _release(repos: Repositories, hold: Hold, now: datetime) -> int:
-    """Make valid again what was revoked with the hold, and can be."""
+    """Make valid again what was revoked with the hold, and can be; return how many are."""
     if hold.reason is not RevocationReason.CERTIFICATE_HOLD:
         return 0
-    total = 0
+    released: set[str] = set()
     while True:
-        released = len(repos.credentials.release(hold.order_id, now, STEP))
-        total += released
-        if released < STEP:
+        step = repos.credentials.release(hold.order_id, now, STEP)
+        released.update(step)
+        if len(step) < STEP:
             break
-    if total:
-        order = repos.orders.get(hold.order_id)
-        repos.orders.update(replace(order, released=order.released + total))
-    return total
+    if not released:
+        return 0
+    for other in _others(repos):
+        released -= _taken_over(repos, other, now)
+    order = repos.orders.get(hold.order_id)
+    repos.orders.update(replace(order, released=order.released + len(released)))
+    return len(released)
+
+
+def _others(repos: Repositories) -> Iterator[Hold]:
+    """The lasting holds that credentials were revoked with for certificateHold."""
+    before = ""
+    while True:
+        page = repos.holds.page(before, MAX_PAGE_SIZE)
+        yield from (hold for hold in page.items if hold.reason is RevocationReason.CERTIFICATE_HOLD)
+        before = page.next_key
+        if not before:
+            return
+
+
+def _taken_over(repos: Repositories, hold: Hold, now: datetime) -> set[str]:
+    """Revoke what this hold has found revoked already, by the one that is lifted."""
+    order = repos.orders.get(hold.order_id)
+    if order.committed_at is None:
+        return set()  # it is still at it, and finds them
+    selection = Selection.of(hold.subject)
+    if not stops_issuance(selection):
+        # What was issued since is none of its business.
+        limit = selection.issued_before or order.committed_at
+        selection = replace(selection, issued_before=min(limit, order.committed_at))
+    revoked = repos.credentials.revoke(
+        selection, order_id=order.id, reason=order.reason, comment=order.comment, now=now
+    )
+    if revoked:
+        repos.orders.update(replace(order, revoked=order.revoked + len(revoked)))
+    return {revocation.id for revocation in revoked}
 
 
 def _event(kind: AuditKind, hold: Hold, now: datetime, count: int) -> AuditEvent:

@@ -312,12 +312,19 @@ def _go_on(repos: Repositories, order: RevocationOrder, now: datetime) -> Step:
 def _left_to(repos: Repositories, order: RevocationOrder) -> Selection | None:
     """What the order still selects: with its hold, the right to more than that has ended."""
     selection = Selection.of(order.subject)
+    if order.swept:
+        # It draws no line, so that what is issued next is wanted.
+        selection = _before(selection, order.ordered_at + _CLOCKS_DIFFER)
     lifted_at = repos.holds.get(order.hold).lifted_at if order.hold else None
     if lifted_at is None:
         return selection
     if order.reason is RevocationReason.CERTIFICATE_HOLD or not stops_issuance(selection):
         return None
-    return replace(selection, issued_before=lifted_at)
+    return _before(selection, lifted_at)
+
+
+def _before(selection: Selection, limit: datetime) -> Selection:
+    return replace(selection, issued_before=min(limit, selection.issued_before or limit))
 
 
 def _revoked(
