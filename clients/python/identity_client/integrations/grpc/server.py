@@ -20,11 +20,11 @@ from identity_client.authorization import Authorize, PeerRule, check_allowed, pe
 from identity_client.credential import IdentitySnapshot
 from identity_client.errors import IdentityError, PeerRejected, SourceError
 from identity_client.integrations.grpc.running_calls import (
-    Ending,
+    AioCall,
+    AioThreadCall,
+    RunningCall,
     RunningCalls,
-    aio_ending,
-    aio_thread_ending,
-    sync_ending,
+    SyncCall,
 )
 from identity_client.peer import Peer, check_current, peer_from_pem
 from identity_client.staleness import StalenessPolicy
@@ -137,17 +137,17 @@ class _Gate:
         self._source.snapshot()
         self._check_current(peer)
 
-    def begin(self, peer: Peer, ending: Ending) -> int:
-        """The call runs, until `end`; `ending` is called when its peer is revoked meanwhile.
+    def begin(self, call: RunningCall) -> None:
+        """The call runs until `end`, and no longer than its peer is not revoked.
 
         Raises:
             PeerRejected: it has been revoked in between.
         """
-        return self._running.begin(peer, ending)
+        self._running.begin(call)
 
-    def end(self, number: int) -> None:
-        """The call has ended."""
-        self._running.end(number)
+    def end(self, call: RunningCall) -> None:
+        """The call's handler is done."""
+        self._running.end(call)
 
     def _check_current(self, peer: Peer) -> None:
         check_current(peer, self._source.denied, staleness=self._staleness)
@@ -193,41 +193,52 @@ class _Interceptor(grpc.ServerInterceptor):
 
 
 def _guard(
-    gate: _Gate, handler: Any, ending: Callable[[Any], Ending] = sync_ending
+    gate: _Gate, handler: Any, running: type[SyncCall | AioThreadCall] = SyncCall
 ) -> Callable[[Any], Any]:
     """Wraps a handler that runs in a thread."""
 
     def guard(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def unary(request: Any, context: Any) -> Any:
-            peer, number = _admit(gate, context, ending)
+            call = _admit(gate, context, running)
             try:
                 if handler.request_streaming:
-                    request = _checked(gate, peer, request, context)
+                    request = _checked(gate, call.peer, request, context)
                 return behavior(request, context)
             finally:
-                gate.end(number)
+                gate.end(call)
 
         def stream(request: Any, context: Any) -> Iterator[Any]:
-            peer, number = _admit(gate, context, ending)
+            call = _admit(gate, context, running)
             try:
                 if handler.request_streaming:
-                    request = _checked(gate, peer, request, context)
-                yield from _checked(gate, peer, behavior(request, context), context)
+                    request = _checked(gate, call.peer, request, context)
+                messages = _checked(gate, call.peer, behavior(request, context), context)
+                for message in messages:
+                    if not call.hold():
+                        return
+                    yield message
+                    if (refusal := call.free()) is not None:
+                        _abort(context, refusal)
+                    break
+                yield from messages
             finally:
-                gate.end(number)
+                gate.end(call)
 
         return stream if handler.response_streaming else unary
 
     return guard
 
 
-def _admit(gate: _Gate, context: Any, ending: Callable[[Any], Ending]) -> tuple[Peer, int]:
+def _admit(
+    gate: _Gate, context: Any, running: type[SyncCall | AioThreadCall]
+) -> SyncCall | AioThreadCall:
     try:
-        peer = gate.check(context)
-        return peer, gate.begin(peer, ending(context))
+        call = running(gate.check(context), context)
+        gate.begin(call)
     except IdentityError as error:
         _abort(context, error)
         raise
+    return call
 
 
 def _checked(gate: _Gate, peer: Peer, messages: Iterator[Any], context: Any) -> Iterator[Any]:
@@ -261,27 +272,37 @@ class _AioInterceptor(grpc.aio.ServerInterceptor):
 
 def _guard_aio(gate: _Gate, handler: Any) -> Callable[[Any], Any]:
     """Wraps a handler that runs on the event loop."""
-    in_thread = _guard(gate, handler, aio_thread_ending)
+    in_thread = _guard(gate, handler, AioThreadCall)
 
     def guard(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         async def awaited(request: Any, context: Any) -> Any:
-            peer, number = await _admit_aio(gate, context)
+            call = await _admit_aio(gate, context)
             try:
                 if handler.request_streaming:
-                    request = _checked_aio(gate, peer, request, context)
+                    request = _checked_aio(gate, call.peer, request, context)
+                if handler.response_streaming:
+                    context = _WritingContext(call, context)
                 return await behavior(request, context)
             finally:
-                gate.end(number)
+                gate.end(call)
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            peer, number = await _admit_aio(gate, context)
+            call = await _admit_aio(gate, context)
             try:
                 if handler.request_streaming:
-                    request = _checked_aio(gate, peer, request, context)
-                async for message in _checked_aio(gate, peer, behavior(request, context), context):
+                    request = _checked_aio(gate, call.peer, request, context)
+                messages = _checked_aio(gate, call.peer, behavior(request, context), context)
+                async for message in messages:
+                    if not call.hold():
+                        return
+                    yield message
+                    if (refusal := call.free()) is not None:
+                        await _abort_aio(context, refusal)
+                    break
+                async for message in messages:
                     yield message
             finally:
-                gate.end(number)
+                gate.end(call)
 
         # As grpc.aio itself tells them apart: what is neither runs in its thread pool.
         if inspect.isasyncgenfunction(behavior):
@@ -291,13 +312,36 @@ def _guard_aio(gate: _Gate, handler: Any) -> Callable[[Any], Any]:
     return guard
 
 
-async def _admit_aio(gate: _Gate, context: Any) -> tuple[Peer, int]:
+class _WritingContext:
+    """The context of a handler that writes its answers itself."""
+
+    def __init__(self, call: AioCall, context: Any) -> None:
+        self._call = call
+        self._context = context
+        self._has_written = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        if self._has_written:
+            await self._context.write(message)
+            return
+        self._call.hold()
+        await self._context.write(message)
+        self._has_written = True
+        if (refusal := self._call.free()) is not None:
+            await _abort_aio(self._context, refusal)
+
+
+async def _admit_aio(gate: _Gate, context: Any) -> AioCall:
     try:
-        peer = gate.check(context)
-        return peer, gate.begin(peer, aio_ending(context))
+        call = AioCall(gate.check(context), context)
+        gate.begin(call)
     except IdentityError as error:
         await _abort_aio(context, error)
         raise
+    return call
 
 
 async def _checked_aio(
