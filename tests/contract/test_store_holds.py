@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
+from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.domain.events import Topic
+from identity_broker.domain.paging import Page
 from identity_broker.domain.revocation import Hold, RevocationSubject, SubjectKind
 from identity_broker.errors import HoldExists, HoldNotFound, PageTokenInvalid
 from identity_broker.store import Repositories, Store
@@ -38,6 +41,18 @@ def place(new: Hold) -> Callable[[Repositories], tuple[str, ...]]:
 
 def lift(name: str, by: str = "uid:0") -> Callable[[Repositories], tuple[Hold, tuple[str, ...]]]:
     return lambda repos: repos.holds.lift(name, LATER, by)
+
+
+def _replaced(change: RegistrationEntry, repos: Repositories) -> RegistrationEntry:
+    return repos.entries.replace(change)
+
+
+def _entry(entry_id: str, repos: Repositories) -> RegistrationEntry:
+    return repos.entries.get(entry_id)
+
+
+def _holds(repos: Repositories, key: str, *, lifted: bool) -> Page[Hold]:
+    return repos.holds.page(key, 3, include_lifted=lifted)
 
 
 async def held(store: Store) -> dict[str, str]:
@@ -138,9 +153,9 @@ async def test_what_is_written_later_is_held_from_the_start(store: Store) -> Non
         (entry("new", labels={}, held_by="freeze"), ""),
         (entry("new", held_by="made up"), ""),
     ):
-        stored = await store.write(lambda r, change=change: r.entries.replace(change))
+        stored = await store.write(partial(_replaced, change))
         assert stored.held_by == holds
-        assert await store.read(lambda r, i=change.id: r.entries.get(i)) == stored
+        assert await store.read(partial(_entry, change.id)) == stored
     assert await held(store) == {"new": "", "free": ""}
 
 
@@ -196,9 +211,7 @@ async def test_pages_are_newest_first(store: Store) -> None:
         await store.write(place(hold(name)))
     await store.write(lift("hold-3"))
     for lifted, wanted in ((True, names), (False, [n for n in names if n != "hold-3"])):
-        pages = await all_pages(
-            store, lambda r, key, all_=lifted: r.holds.page(key, 3, include_lifted=all_)
-        )
+        pages = await all_pages(store, partial(_holds, lifted=lifted))
         assert [one.name for page in pages for one in page] == wanted[::-1]
     with pytest.raises(PageTokenInvalid):
         await store.read(lambda r: r.holds.page("x", 3))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
 from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import Topic
-from identity_broker.domain.revocation import BlockedKey, IdentityEpoch, OrderState
+from identity_broker.domain.revocation import (
+    BlockedKey,
+    IdentityEpoch,
+    OrderState,
+    RevocationOrder,
+)
 from identity_broker.errors import PageTokenInvalid, RevocationExists, RevocationNotFound
 from identity_broker.store import Repositories, Store
 from identity_ca.spiffe_id import SpiffeId
@@ -17,6 +23,14 @@ from support.store import API, NOW, all_pages, closed, hold, intent, order, revo
 
 SECOND = timedelta(seconds=1)
 WEB = SpiffeId.parse("spiffe://example.org/web")
+
+
+def _create(one: RevocationOrder, repos: Repositories) -> None:
+    repos.orders.create(one)
+
+
+def _reserve(authority: str, number: int, repos: Repositories) -> None:
+    repos.crl_numbers.reserve(authority, number)
 
 
 async def test_an_order_comes_back_as_it_was_last_stored(store: Store) -> None:
@@ -47,7 +61,7 @@ async def test_orders_are_listed_newest_first_and_until_they_are_finished(store:
         "closed": closed("closed"),
     }
     for one in stages.values():
-        await store.write(lambda r, one=one: r.orders.create(one))
+        await store.write(partial(_create, one))
     pages = await all_pages(store, lambda r, key: r.orders.page(key, 3))
     assert [one.id for page in pages for one in page] == list(stages)[::-1]
     unfinished = await store.read(lambda r: r.orders.unfinished())
@@ -107,7 +121,7 @@ async def test_epochs_are_found_by_identity_and_while_they_matter(store: Store) 
 
 async def test_a_crl_number_never_falls(store: Store) -> None:
     for authority, number in (("a", 5), ("b", 2**62), ("a", 3), ("a", 7), ("a", 7)):
-        await store.write(lambda r, a=authority, n=number: r.crl_numbers.reserve(a, n))
+        await store.write(partial(_reserve, authority, number))
     assert await store.read(lambda r: r.crl_numbers.all()) == {"a": 7, "b": 2**62}
 
 

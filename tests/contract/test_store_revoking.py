@@ -69,7 +69,7 @@ async def test_steps_revoke_everything_once(store: Store, named: str) -> None:
     await issue(store, *mine[:20], intent(spiffe_id=OTHER, authority_id="b" * 40))
     await store.ledger.intend(mine[20:])
     step = revoking(named, order="rev-1", limit=10)
-    sizes = []
+    sizes: list[int] = []
     while not sizes or sizes[-1] == 10:
         sizes.append(len(await store.write(step)))
     assert sizes == [10, 10, 5]

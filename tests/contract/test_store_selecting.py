@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
@@ -55,7 +56,7 @@ ENTRIES = [
     entry("empty", spiffe_id=IDENTITIES[3], labels={"env": ""}),
     entry("Shop", spiffe_id=IDENTITIES[4], owner="team shop"),
 ]
-EXPRESSIONS = {
+EXPRESSIONS: dict[str, list[Any]] = {
     "spiffe-id": [
         *IDENTITIES,
         *("spiffe://example.org/shop*", "spiffe://example.org/shop/*", "spiffe://example.org/*"),
@@ -109,10 +110,14 @@ def intent_of(number: int) -> Any:
     )
 
 
+def _created(one: RegistrationEntry, repos: Repositories) -> object:
+    return repos.entries.create(one)
+
+
 async def filled(store: Store) -> None:
     """A ledger in which everything stands beside everything, in every state."""
     for one in ENTRIES:
-        await store.write(lambda repos, one=one: repos.entries.create(one))
+        await store.write(partial(_created, one))
     intents = [intent_of(number) for number in range(ROWS)]
     await store.ledger.intend(intents)
     fates = ["intent", "issued", "issued", "issued", "revoked", "hold", "unconfirmed"]

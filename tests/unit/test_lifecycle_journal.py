@@ -84,7 +84,8 @@ def test_what_was_released_is_revoked_no_more_and_the_other_way_round() -> None:
     assert journal.since(11).revocations == (one,)
     assert journal.since(11).released == ("2",)
     assert journal.since(12).released == ("2",)
-    assert journal.since(13).revocations == journal.since(13).released == ()
+    assert journal.since(13).revocations == ()
+    assert journal.since(13).released == ()
 
 
 def test_the_latest_epoch_of_an_identity_counts() -> None:
