@@ -118,6 +118,7 @@ class Follower:
                 self._lost(event.error)
             else:
                 await self._hear(event)
+            del event  # It may be large, and the next may be long in coming.
 
     async def keep_time(self) -> None:
         """End what has expired, until cancelled."""

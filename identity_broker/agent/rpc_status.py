@@ -17,7 +17,7 @@
     ATTESTATION_FAILED       PermissionDenied   the process could not be attested
     NODE_BANNED              PermissionDenied   the broker withdrew this node
     AGENT_NOT_READY          Unavailable        nothing was heard from the broker yet; or it stops
-    WATCH_LAGGED             Unavailable        a follower of revocations does not keep up: call again
+    WATCH_LAGGED             Unavailable        a follower of revocations does not keep up
     RATE_LIMITED             Unavailable        too many calls or streams by this process or user
     DEADLINE_EXCEEDED        Unavailable        not done in time
     INTERNAL                 Internal           a bug

@@ -102,6 +102,7 @@ class Follower:
                     async with aclosing(self._updates()) as updates:
                         async for update in updates:
                             yield update
+                            del update  # It may be large, and the next may be long in coming.
                             if not self._want_all:
                                 failures = self._resyncs = 0
                 except IdentityError as error:
@@ -137,6 +138,7 @@ class Follower:
             reporting.add_done_callback(_report_bug)
             async for update in self._read(call, at):
                 yield update
+                del update
         except IdentityError:
             if self._call is call:  # else it was we who ended it
                 raise
@@ -178,6 +180,7 @@ class Follower:
             if update.full:
                 self._want_all = False
             yield update
+            del message, update
 
     async def _rest_before_all(self) -> None:
         """A full state that did not help is not asked for again at once."""

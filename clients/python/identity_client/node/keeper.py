@@ -252,6 +252,7 @@ class NodeKeeper:
                 async for event in events:
                     self._tell()
                     yield event
+                    del event
         finally:
             self._follower = None
 
@@ -261,10 +262,9 @@ class NodeKeeper:
             self._follower.resync()
 
     def report_verifiers(self, verifiers: Callable[[], Sequence[Verifier]]) -> None:
-        """Tells the broker who follows revocations through this node; to be called at every change.
+        """Tells the broker who follows revocations through this node; call it at every change.
 
-        It is told on the stream of `follow`: changes within 50 ms together, and everything again on
-        every new stream. Of more than 1,000 the rest is left out.
+        It is told on the stream of `follow`, changes within 50 ms together; of at most 1,000.
 
         Args:
             verifiers: all there are; called when they are told.
