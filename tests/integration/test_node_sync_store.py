@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,11 +14,12 @@ import pytest
 from identity_api.broker.v1 import entry_pb2, entry_pb2_grpc
 from identity_broker.config.settings import Settings
 from identity_broker.errors import WatchLagged
-from identity_broker.lifecycle import directory, node_stream
+from identity_broker.lifecycle import directory, followers, node_stream
 from identity_broker.store.changes import ChangeFeed
 from support.following import FollowingNode, State, following
 from support.line import AttestedClient, RunningBroker, reason_of, running, settings_in
 from support.postgres import PostgresServer
+from support.verifying import FollowingVerifier, closed, verifying
 
 pytestmark = pytest.mark.postgresql
 
@@ -75,12 +78,51 @@ async def test_a_change_through_one_broker_reaches_the_nodes_of_another(
             assert [item.id for item in message.changed] == [later.id]
 
 
+async def test_a_verifier_may_go_from_one_broker_to_another(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with (
+        running(shared(tmp_path / "one", postgres_url)) as one,
+        running(shared(tmp_path / "two", postgres_url)) as two,
+    ):
+        node = await one.join("web-1")
+        entry = await one.entry("/api", "web-1")
+        serials = [(await node.issue(entry.id)).svid.serial for _ in range(3)]
+        await one.revoke(id=serials[0])
+        async with verifying(await two.admin()) as verifier:
+            known = verifier.known
+            await one.revoke(id=serials[1])
+            await verifier.until(lambda now: now.revoked.keys() == set(serials[:2]))
+        # Whatever one of them counts on, the other understands.
+        await one.entry("/later", "web-1")
+        await one.revoke(id=serials[2], order_id="last")
+        async with verifying(await one.admin(), known, name="v1") as verifier:
+            assert not verifier.messages[0].full
+            assert [item.id for item in verifier.messages[0].revoked] == [serials[2]]
+        async with verifying(await two.admin(), known) as verifier:
+            assert not any((verifier.messages[0].full, verifier.messages[0].revoked))
+        # It is closed by the broker that was told to revoke, once.
+        first, second = await closed(one, "last"), await closed(two, "last")
+        assert first.statement == second.statement
+
+
+async def _silent(read: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Task[Any]:
+    """Read until nothing comes any more; return who still reads."""
+    while True:
+        reading = asyncio.create_task(read())
+        done, _ = await asyncio.wait({reading}, timeout=1.5)
+        if not done:
+            return reading
+
+
 async def test_what_may_be_stale_is_not_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(directory, "_SILENCE_SECONDS", 1.0)
     monkeypatch.setattr(directory, "_POLL_SECONDS", 0.3)
     monkeypatch.setattr(node_stream, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(followers, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr("support.verifying.HEARTBEAT_MS", 500)
     server = PostgresServer()
     await asyncio.to_thread(server.start)
     try:
@@ -90,21 +132,20 @@ async def test_what_may_be_stale_is_not_sent(
         async with running(settings) as broker:
             node = await broker.join("web-1")
             await broker.entry("/api", "web-1")
-            async with following(node) as follower:
+            async with following(node) as follower, verifying(node.channel) as verifier:
                 await follower.update()  # a heartbeat
+                await verifier.update()
                 await asyncio.to_thread(server.kill)
                 newcomer = FollowingNode(node.channel, State())
                 assert reason_of(await newcomer.refusal()) == "STORE_UNAVAILABLE"
+                stranger = FollowingVerifier(node.channel)
+                assert reason_of(await stranger.refusal()) == "STORE_UNAVAILABLE"
                 await asyncio.sleep(1.5)
-                reading = asyncio.ensure_future(follower.update())
-                done, _ = await asyncio.wait({reading}, timeout=1.5)
                 # Silence says it; heartbeats sent before it was noticed may still have come.
-                while done:
-                    reading = asyncio.ensure_future(follower.update())
-                    done, _ = await asyncio.wait({reading}, timeout=1.5)
+                reading = [await _silent(follower.update), await _silent(verifier.message)]
                 await asyncio.to_thread(server.start)
-                # The stream has outlived it.
-                await reading
+                # The streams have outlived it.
+                await asyncio.gather(*reading)
                 async with asyncio.timeout(30):
                     while True:
                         try:
