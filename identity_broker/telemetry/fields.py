@@ -45,6 +45,7 @@ FIELDS: Final = MappingProxyType(
         "topic": "of the change feed",
         "names": "of secrets that Envoy asked for, or of verifiers",
         "subject": "what is revoked or held",
+        "hold": "its name",
         "check": "what was looked at",
         # the process
         "address": "a bound address",
