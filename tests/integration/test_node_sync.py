@@ -13,11 +13,13 @@ import grpc
 import pytest
 
 from identity_api.broker.v1 import (
+    authority_pb2,
     entry_pb2,
     entry_pb2_grpc,
     node_pb2,
     node_pb2_grpc,
     node_sync_pb2_grpc,
+    revocation_pb2,
     types_pb2,
 )
 from identity_api.broker.v1 import node_sync_pb2 as pb
@@ -323,6 +325,39 @@ async def test_an_evicted_node_is_told_to_attest_again(broker: RunningBroker) ->
         assert reason_of(await follower.refusal()) in {"NODE_UNKNOWN", "CREDENTIAL_REVOKED"}
 
 
+async def test_what_is_released_too_old_or_denied_is_told(one_broker: RunningBroker) -> None:
+    broker = one_broker
+    node = await broker.join("web-1")
+    entry = await broker.entry("/api", "web-1")
+    svid = (await node.issue(entry.id)).svid
+    hold = revocation_pb2.HoldRequest(name="pause")
+    async with following(node) as follower:
+        state = follower.state
+        await broker.revoke(id=svid.serial, reason=6, hold=hold)
+        await follower.until(lambda now: now.revoked)
+        away = State(state.revision, dict(state.entries), revoked=set(state.revoked))
+        revocations = await broker.revocations()
+        await revocations.LiftHold(revocation_pb2.LiftHoldRequest(name="pause"))
+        await follower.until(lambda now: not now.revoked)
+        await broker.revoke(spiffe_id=entry.spiffe_id)
+        await follower.until(lambda now: now.epochs)
+        assert state.revoked == {svid.serial}
+        assert not state.entries
+    async with following(node, away):
+        assert away.epochs.keys() == {entry.spiffe_id}
+        assert away.revoked == {svid.serial}
+    async with following(node) as follower:
+        assert follower.messages[0].full
+        assert follower.state.epochs.keys() == {entry.spiffe_id}
+        authorities = await (await broker.authorities()).List(
+            authority_pb2.ListAuthoritiesRequest()
+        )
+        kind = authority_pb2.AUTHORITY_KIND_JWT
+        [jwt] = [one.id for one in authorities.authorities if one.kind == kind]
+        await broker.revoke(authority=jwt)
+        await follower.until(lambda now: now.denied == [jwt])
+
+
 # --- read your writes -----------------------------------------------------------------------------
 
 
@@ -513,6 +548,11 @@ ACK = pb.SyncRequest(ack=pb.SyncRequest.Ack(revision=1))
 HELLO = pb.SyncRequest(hello=pb.SyncRequest.Hello())
 
 
+def _verifiers(name: str, count: int) -> pb.SyncRequest:
+    told = [pb.SyncRequest.Verifier(name=name) for _ in range(count)]
+    return pb.SyncRequest(verifiers=pb.SyncRequest.Verifiers(verifiers=told))
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -523,6 +563,11 @@ HELLO = pb.SyncRequest(hello=pb.SyncRequest.Hello())
         (HELLO, [HELLO]),
         (HELLO, [pb.SyncRequest()]),
         (HELLO, [pb.SyncRequest(ack=pb.SyncRequest.Ack(revision=10_000_000))]),
+        (HELLO, [_verifiers("spiffe://example.org/a", 1001)]),
+        (HELLO, [_verifiers("", 1)]),
+        (HELLO, [_verifiers("payments", 1)]),
+        (HELLO, [_verifiers("spiffe://example.org/a\n", 1)]),
+        (HELLO, [_verifiers("spiffe://example.org/" + "a" * 2100, 1)]),
     ],
 )
 async def test_what_a_node_may_not_say(
