@@ -5,7 +5,8 @@
 - Bounded: the most recent orders are kept, verifier by verifier. Of older ones the verifiers'
   positions answer: whoever stands behind an order has it.
 - Nobody has what this broker has not read yet: an order is judged once the directory reflects it.
-- Each verifier is counted once for each order: within the objective, late, or never.
+- Each verifier is counted once for each order: within the objective, late, or never. Whoever has
+  left is not counted: a revocation may be what ended its stream.
 - Touched by the event loop's thread alone; costs a dictionary entry for a verifier and an order.
 """
 
@@ -68,7 +69,7 @@ class PropagationReport:
         acknowledged, silent, gone: how many of them.
         p50_ms, p99_ms: of the latencies known; -1 where there is none.
         within_objective_permille: how many were within the objective, of those whose latency is
-            known and those who have not acknowledged; 1000 where there are none.
+            known and the silent ones; 1000 where there are none.
     """
 
     verifiers: tuple[VerifierStanding, ...]
@@ -92,7 +93,7 @@ class PropagationReport:
         counts = {state: sum(one.state is state for one in ordered) for state in VerifierState}
         limit = OBJECTIVE // timedelta(milliseconds=1)
         within = sum(one <= limit for one in latencies)
-        judged = len(latencies) + counts[VerifierState.SILENT] + counts[VerifierState.GONE]
+        judged = len(latencies) + counts[VerifierState.SILENT]
         return cls(
             verifiers=tuple(ordered),
             acknowledged=counts[VerifierState.ACKNOWLEDGED],
@@ -266,13 +267,12 @@ class Propagation:
         return tracked is not None and tracked.seen
 
     def close(self, order: RevocationOrder) -> None:
-        """The order's time is over: who has not acknowledged it never did, for the objective."""
+        """The order's time is over: who is silent never acknowledged it, for the objective."""
         tracked = self._orders.get(order.id)
         if tracked is None or not tracked.seen:
             return
-        for mark in tracked.marks.values():
-            if mark.latency is None:
-                self._count(mark, Outcome.NEVER)
+        for verifier in tracked.waiting:
+            self._count(tracked.marks[verifier], Outcome.NEVER)
 
     async def _settle(self, order: RevocationOrder) -> None:
         while not order.sequence and order.id not in self._orders:
