@@ -23,8 +23,8 @@ from support.line import (
 )
 
 IDENTITY = "spiffe://example.org/payments/api"
-REVOCATION_POINTS = {"open", "settled", "advance", "sweep", "replace", "lift"}
-"""In `test_revocation_crash`."""
+REVOCATION_POINTS = {"open", "settled", "advance", "sweep", "replace", "lift", "close"}
+"""In `test_revocation_crash` and `test_revocation_feed_crash`."""
 KNOWN_STATES = {
     credential_pb2.CREDENTIAL_STATE_INTENT,
     credential_pb2.CREDENTIAL_STATE_ISSUED,

@@ -214,7 +214,7 @@ async def test_an_entry_made_or_changed_while_a_hold_lasts_is_held_from_the_star
         [("elsewhere", 0, lambda entry: replace(entry, spiffe_id=elsewhere.spiffe_id))], OPERATOR
     )
     assert isinstance(back, RegistrationEntry)
-    assert await parts.svid("elsewhere")
+    assert (await parts.svid("elsewhere")).serial
 
 
 async def test_what_two_holds_cover_is_free_when_both_are_lifted(parts: Parts) -> None:
@@ -225,7 +225,7 @@ async def test_what_two_holds_cover_is_free_when_both_are_lifted(parts: Parts) -
     with pytest.raises(EntryNotAuthorized):
         await parts.svid()
     assert (await parts.revoke.lift("two", OPERATOR)).freed_entry_ids == ("api",)
-    assert await parts.svid()
+    assert (await parts.svid()).serial
 
 
 async def test_a_hold_ends_when_its_time_is_over(parts: Parts) -> None:
@@ -239,7 +239,7 @@ async def test_a_hold_ends_when_its_time_is_over(parts: Parts) -> None:
     parts.clock.time = until
     await parts.revoke.lift_due()
     assert not parts.directory.is_revoked(serial)
-    assert await parts.svid()
+    assert (await parts.svid()).serial
     [status] = (await parts.revoke.holds("", 10, include_lifted=True)).items
     assert (status.hold.lifted_by, status.hold.lifted_at) == ("time", until)
     assert (await parts.revoke.holds("", 10, include_lifted=False)).items == []
@@ -258,7 +258,7 @@ async def test_one_credential_ends_alone_and_nothing_is_stopped(parts: Parts) ->
         assert (answer.order.hold, answer.order.swept) == ("", True)
     assert parts.directory.epochs() == []
     assert not parts.directory.is_revoked(kept.serial)
-    assert await parts.svid()
+    assert (await parts.svid()).serial
 
 
 async def test_a_selection_ends_and_stops_what_it_selects(parts: Parts) -> None:
@@ -277,7 +277,7 @@ async def test_a_selection_ends_and_stops_what_it_selects(parts: Parts) -> None:
     assert [item.id for item in answer.revocations] == [serials["desk"]]
     assert (answer.order.hold, answer.held_entry_ids) == ("", ())
     assert not parts.directory.is_revoked(serials["api"])
-    assert await parts.svid("desk")
+    assert (await parts.svid("desk")).serial
 
 
 async def test_a_key_is_refused_for_ever_and_what_was_issued_to_it_ends(parts: Parts) -> None:
@@ -295,7 +295,7 @@ async def test_a_key_is_refused_for_ever_and_what_was_issued_to_it_ends(parts: P
         [X509Order(grant, csr_for(key)), X509Order(grant, csr_for(new_key()))]
     )
     assert isinstance(refused, KeyBlocked)
-    assert one([fresh])
+    assert one([fresh]).serial
     again = Directory(parts.store, DOMAIN, parts.clock)
     await again.load()
     assert again.is_key_blocked(fingerprint)
@@ -442,7 +442,7 @@ async def test_an_authority_whose_successor_cannot_be_made_is_revoked_as_soon_as
     async def away(*_: Any) -> Any:
         raise SigningBackendUnavailable
 
-    parts.signing.new_authority = away  # type: ignore[method-assign]
+    parts.signing.new_authority = away  # type: ignore[assignment]
     with pytest.raises(SigningBackendUnavailable):
         await parts.end(SubjectKind.AUTHORITY, first.id, id="out")
     assert (await parts.revoke.get("out")).order.state is OrderState.RUNNING
@@ -574,7 +574,7 @@ async def test_a_name_is_taken_once(parts: Parts) -> None:
     await parts.end(SubjectKind.SPIFFE_ID, API, hold_name="freeze")
     with pytest.raises(HoldExists):
         await parts.end(SubjectKind.ENTRY, "other", hold_name="freeze", id="second")
-    assert await parts.svid("other")
+    assert (await parts.svid("other")).serial
     with pytest.raises(RevocationNotFound):
         await parts.revoke.get("second")
     with pytest.raises(HoldNotFound):
@@ -587,7 +587,7 @@ async def test_revoking_a_credential_for_hold_can_be_taken_back(parts: Parts) ->
     answer = await parts.end(SubjectKind.SERIAL, serial, HOLD)
     assert answer.order.hold == answer.order.id
     assert answer.held_entry_ids == ()
-    assert await parts.svid()
+    assert (await parts.svid()).serial
     assert (await parts.revoke.lift(answer.order.hold, OPERATOR)).released == 1
     assert not parts.directory.is_revoked(serial)
 

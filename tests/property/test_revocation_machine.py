@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from identity_broker.lifecycle.plan import stops_issuance
 from identity_broker.lifecycle.revoke import OrderRequest, Revoke
 from identity_broker.store import Store
 from identity_ca.spiffe_id import SpiffeId
-from support.store import NOW, SettableClock, entry, intent, node, of, sqlite_url
+from support.store import NOW, SettableClock, entry, intent, node, of, put_entry, sqlite_url
 from support.verbs import DOMAIN, OPERATOR
 
 LIFE = timedelta(days=9)
@@ -302,12 +303,10 @@ class World:
 @contextmanager
 def _small_steps() -> Iterator[None]:
     """Two credentials in a transaction."""
-    before = orders_module.STEP
-    orders_module.STEP = holds_module.STEP = 2  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orders_module, "STEP", 2)
+        patch.setattr(holds_module, "STEP", 2)
         yield
-    finally:
-        orders_module.STEP = holds_module.STEP = before  # type: ignore[misc]
 
 
 async def _play(world: World, steps: list[tuple[Any, ...]]) -> None:
@@ -315,8 +314,7 @@ async def _play(world: World, steps: list[tuple[Any, ...]]) -> None:
     try:
         await world.store.write(lambda repos: repos.nodes.upsert(node(expires_at=NOW + LIFE)))
         for name, identity in IDENTITIES.items():
-            made = entry(name, spiffe_id=identity, parent_id=NODE)
-            await world.store.write(lambda repos, made=made: repos.entries.create(made))
+            await world.store.write(put_entry(entry(name, spiffe_id=identity, parent_id=NODE)))
         await world.start()
         for step in steps:
             world.clock.time += timedelta(seconds=1)

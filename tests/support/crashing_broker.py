@@ -114,7 +114,7 @@ async def _main(directory: Path, point: str, count: int) -> None:
     _log_signatures(X509Issuer, log, lambda item: str(item.serial))
     _log_signatures(JwtIssuer, log, lambda item: str(item.jti))
     settings = settings_in(directory, ledger={"unconfirmed_after": "5s"})
-    orders.STEP = 3  # a revocation of some has steps to die between
+    vars(orders)["STEP"] = 3  # a revocation of some has steps to die between
 
     if point != "none":
         name, _, when = point.partition(":")

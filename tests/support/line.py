@@ -130,8 +130,10 @@ class AttestedClient:
 
         call = revocation_feed_pb2_grpc.RevocationFeedStub(self.channel).Follow()
         await call.write(feed.FollowRequest(hello=feed.FollowRequest.Hello()))
-        while not (await call.read()).complete:
-            pass
+        complete = False
+        while not complete:
+            told: Any = await call.read()
+            complete = told.complete
         return call
 
     async def issue(self, entry_id: str, csr: bytes | None = None) -> Any:
