@@ -62,6 +62,7 @@ class Follower(AcknowledgedStream):
         self.pending = True
         self.greeted = False
         self.acknowledged_to = -1
+        self._told_to = -1
 
     @property
     def has_news(self) -> bool:
@@ -71,6 +72,11 @@ class Follower(AcknowledgedStream):
     def has(self, position: int) -> bool:
         """Whether it has acknowledged a state of that position or a later one."""
         return self.acknowledged_to >= position
+
+    def handed(self, position: int, since: int | None, *, complete: bool = True) -> None:
+        """See `AcknowledgedStream`."""
+        super().handed(position, since, complete=complete)
+        self._told_to = position
 
     def acknowledge(self, sequence: int) -> bool:
         """The verifier has applied one more message, of that sequence.
@@ -94,10 +100,6 @@ class Follower(AcknowledgedStream):
             self._applied()
         self.wake()
         return self.acknowledged_to != before
-
-    @property
-    def _told_to(self) -> int:
-        return self._under_way[-1].position if self._under_way else self.acknowledged_to
 
     def _applied(self) -> None:
         told = self._under_way.popleft()

@@ -259,6 +259,7 @@ def compose(
             "revoked": order.revoked,
             "already_revoked": order.already_revoked,
             "expired": order.expired,
+            "released": order.released,
             "hold": order.hold,
             "held_entry_ids": list(held_entry_ids),
         },

@@ -96,6 +96,9 @@ def test_an_acknowledgement_is_of_one_message() -> None:
     with pytest.raises(MalformedRequest):
         follower.acknowledge(0)
     follower.handed(7, None, complete=False)
+    assert not follower.acknowledge(7)
+    assert not follower.acknowledge(7)  # said twice
+    follower.handed(7, None, complete=False)
     follower.handed(7, None, complete=True)
     follower.handed(9, None)
     assert not follower.acknowledge(7)
