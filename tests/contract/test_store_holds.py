@@ -131,7 +131,7 @@ async def test_lifting_frees_what_nothing_else_holds(store: Store, entries: None
         (of(SubjectKind.AUTHORITY, "ab"), set()),
         (of(SubjectKind.NODE, PARENT), set()),
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 async def test_a_hold_stops_what_its_subject_names(
     store: Store, entries: None, subject: RevocationSubject, covered: set[str]
