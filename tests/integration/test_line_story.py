@@ -25,6 +25,7 @@ from identity_broker.domain.clock import SystemClock
 from identity_ca.bundle import TrustBundle
 from identity_ca.chain import verify_x509_svid
 from identity_ca.jwt import verify_jwt_svid
+from identity_ca.keys import key_fingerprint
 from identity_ca.spiffe_id import TrustDomain
 from support.line import (
     RunningBroker,
@@ -111,6 +112,23 @@ async def test_a_banned_node_is_refused_on_an_open_connection(broker: RunningBro
     await nodes.Evict(node_pb2.EvictNodeRequest(spiffe_id=node_id("web-1")))
     back = await broker.join("web-1")
     assert (await back.issue(entry.id)).status.code == 0
+
+
+async def test_a_compromised_key_is_nobodys_key(broker: RunningBroker) -> None:
+    key = new_key()
+    node = await broker.join("web-1")
+    entry = await broker.entry("/payments/api", "web-1")
+    first = await node.issue(entry.id, csr_for(key))
+    answer = await broker.revoke(key=key_fingerprint(key.public_key()), reason=1)
+    assert list(answer.revoked_ids) == [first.svid.serial]
+    assert (await node.issue(entry.id, csr_for(key))).status.reason == "KEY_BLOCKED"
+    assert (await node.issue(entry.id)).status.code == 0
+    token = await broker.token("web-2")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await broker.attest(token, key)
+    assert reason_of(refused.value) == "KEY_BLOCKED"
+    # Its token is not spent by that.
+    assert (await broker.attest(token)).svid.spiffe_id == node_id("web-2")
 
 
 async def test_a_banned_node_loses_its_open_stream(broker: RunningBroker) -> None:

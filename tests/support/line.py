@@ -202,9 +202,11 @@ class RunningBroker:
         )
         return str(answer.token)
 
-    async def attest(self, token: str) -> AttestedClient:
+    async def attest(
+        self, token: str, key: ec.EllipticCurvePrivateKey | None = None
+    ) -> AttestedClient:
         """Join with a token."""
-        key = new_key()
+        key = key or new_key()
         stub = node_attestation_pb2_grpc.NodeAttestationStub(await self.bootstrap())
 
         async def begin() -> AsyncIterator[node_attestation_pb2.AttestRequest]:
@@ -258,6 +260,7 @@ class RunningBroker:
         [kind] = subject.keys() & SUBJECTS.keys()
         value = str(subject.pop(kind))
         name = SUBJECTS[kind] or ("SERIAL" if _SERIAL.fullmatch(value) else "JTI")
+        kind_value: Any = f"SUBJECT_KIND_{name}"
         revocations = await self.revocations()
         return await revocations.Revoke(
             revocation_pb2.RevokeRequest(
@@ -271,6 +274,7 @@ class RunningBroker:
         """Lift a hold; return the answer."""
         from identity_api.broker.v1 import revocation_pb2
 
+        kind_value: Any = f"SUBJECT_KIND_{name}"
         revocations = await self.revocations()
         return await revocations.LiftHold(revocation_pb2.LiftHoldRequest(name=hold))
 
