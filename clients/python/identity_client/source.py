@@ -222,11 +222,12 @@ class IdentitySource:
     def validate_jwt_svid(self, token: str, audience: str) -> JwtSvid:
         """Verifies a JWT-SVID somebody sent us: signature, expiry, audience, revocation.
 
-        A Workload API does not say which tokens are revoked: a source of one cannot know here,
-        and `confirm_jwt_svid` asks.
+        A broker and our own node agent say which tokens are revoked. A Workload API of others
+        does not: a source of one cannot know here, and `confirm_jwt_svid` asks.
 
         Raises:
-            PeerRejected: reason TOKEN_REJECTED, or PEER_REVOKED for a revoked token.
+            PeerRejected: reason TOKEN_REJECTED; PEER_REVOKED for a token that is revoked by name,
+                with its identity or with the key that signed it; REVOCATIONS_STALE.
             SourceError: there is no bundle to verify it with.
         """
         return self._source.validate_jwt_svid(token, audience)
