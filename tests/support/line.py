@@ -265,7 +265,7 @@ class RunningBroker:
         return await revocations.Revoke(
             revocation_pb2.RevokeRequest(
                 id=order_id,
-                subject=revocation_pb2.RevocationSubject(kind=f"SUBJECT_KIND_{name}", value=value),
+                subject=revocation_pb2.RevocationSubject(kind=kind_value, value=value),
                 **subject,
             )
         )
@@ -274,7 +274,6 @@ class RunningBroker:
         """Lift a hold; return the answer."""
         from identity_api.broker.v1 import revocation_pb2
 
-        kind_value: Any = f"SUBJECT_KIND_{name}"
         revocations = await self.revocations()
         return await revocations.LiftHold(revocation_pb2.LiftHoldRequest(name=hold))
 
