@@ -31,7 +31,7 @@ dev: setup ## A broker with a real OpenBao on loopback, in .dev/, until Ctrl-C
 
 ##@ Change
 .PHONY: test lint types check fix fuzz bench
-test: setup ## The whole test suite (under ten minutes on two cores)
+test: setup ## The whole test suite (about a quarter of an hour on two cores)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 lint: setup ## Style, format and layers
