@@ -82,8 +82,8 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Ban(self, request, context):
-        """Refuses the node from now on, on open connections too, until it is evicted; revokes its SVIDs
-        and all that was issued through it.
+        """Refuses the node from now on, on open connections too, until it is evicted or the hold is lifted
+        that this places; revokes its SVIDs and all that was issued through it.
         Callers: local, admin. Retry: safe.
         Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """

@@ -41,8 +41,8 @@ class NodeStub:
     Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     Ban: _grpc.UnaryUnaryMultiCallable[_node_pb2.BanNodeRequest, _node_pb2.BanNodeResponse]
-    """Refuses the node from now on, on open connections too, until it is evicted; revokes its SVIDs
-    and all that was issued through it.
+    """Refuses the node from now on, on open connections too, until it is evicted or the hold is lifted
+    that this places; revokes its SVIDs and all that was issued through it.
     Callers: local, admin. Retry: safe.
     Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
@@ -70,8 +70,8 @@ class NodeAsyncStub(NodeStub):
     Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
     Ban: _aio.UnaryUnaryMultiCallable[_node_pb2.BanNodeRequest, _node_pb2.BanNodeResponse]  # type: ignore[assignment]
-    """Refuses the node from now on, on open connections too, until it is evicted; revokes its SVIDs
-    and all that was issued through it.
+    """Refuses the node from now on, on open connections too, until it is evicted or the hold is lifted
+    that this places; revokes its SVIDs and all that was issued through it.
     Callers: local, admin. Retry: safe.
     Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
     """
@@ -114,8 +114,8 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.BanNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.BanNodeResponse, _abc.Awaitable[_node_pb2.BanNodeResponse]]:
-        """Refuses the node from now on, on open connections too, until it is evicted; revokes its SVIDs
-        and all that was issued through it.
+        """Refuses the node from now on, on open connections too, until it is evicted or the hold is lifted
+        that this places; revokes its SVIDs and all that was issued through it.
         Callers: local, admin. Retry: safe.
         Reasons: NODE_NOT_FOUND, MALFORMED_REQUEST, SPIFFE_ID_INVALID.
         """
