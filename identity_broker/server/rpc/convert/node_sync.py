@@ -3,24 +3,25 @@
 - A message holds at most `MOST_ENTRIES` entries or `MOST_REVOCATIONS` things that are refused or
   released, and little more than `MOST_OCTETS` unless one thing alone is larger.
 - Only the last one is complete; only the first one is full.
+- What is the same for all nodes is made once: an entry's message, and the octets of a thousand
+  revocations, which stand behind the rest of a message as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
-
-from google.protobuf.message import Message
 
 from identity_api.broker.v1 import node_sync_pb2 as pb
 from identity_api.broker.v1 import revocation_feed_pb2, types_pb2
+from identity_broker.domain.credential import Revocation
 from identity_broker.domain.entry import RegistrationEntry
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.node_stream import News, Resume
 from identity_broker.lifecycle.roster import Applied
 from identity_broker.server.rpc.convert.credentials import to_revocation
 from identity_broker.server.rpc.convert.entries import to_entry
-from identity_broker.server.rpc.convert.revocation_feed import to_epoch_message
+from identity_broker.server.rpc.convert.revocation_feed import Serialized, to_epoch_message
 from identity_broker.server.rpc.convert.scalars import from_spiffe_id, from_text
 from identity_broker.server.rpc.convert.trust import to_bundle
 from identity_ca.spiffe_id import SpiffeId
@@ -34,6 +35,7 @@ LONGEST_WAIT_MS = 30_000
 # A SPIFFE ID, a slash and a process number.
 _MOST_NAME_BYTES = 2048 + 16
 _MOST_KEPT = 10_000
+_MOST_CHUNKS = 256
 
 
 class EntryMessages:
@@ -54,75 +56,123 @@ class EntryMessages:
         return message
 
 
+class RevocationOctets:
+    """Revocations as they stand in a message, serialized once for the many nodes that are told."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, ...], tuple[tuple[Revocation, ...], bytes]] = {}
+
+    def of(self, revocations: tuple[Revocation, ...], node_id: SpiffeId) -> bytes:
+        """What a message that tells them to that node is longer by."""
+        if any(one.denied_to(node_id) for one in revocations):
+            return _serialized(to_revocation(one, node_id) for one in revocations)
+        # The same objects, not equal ones: to compare those would cost as much as to serialize.
+        key = tuple(map(id, revocations))
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept[1]
+        octets = _serialized(map(to_revocation, revocations))
+        if len(self._kept) >= _MOST_CHUNKS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = (revocations, octets)
+        return octets
+
+
+def _serialized(revoked: Iterable[revocation_feed_pb2.RevokedCredential]) -> bytes:
+    return pb.SyncResponse(revocations=revoked).SerializeToString()
+
+
+class SharedMessages:
+    """What is made once for all nodes."""
+
+    def __init__(self) -> None:
+        self.entries = EntryMessages()
+        self.revocations = RevocationOctets()
+
+
 def to_sync_responses(
-    news: News, node_id: SpiffeId, entries: EntryMessages, spread: timedelta, now: datetime
-) -> Iterator[pb.SyncResponse]:
+    news: News, node_id: SpiffeId, shared: SharedMessages, spread: timedelta, now: datetime
+) -> Iterator[Serialized]:
     """The messages that tell `news` to that node; at least one."""
     pieces = _Pieces(news, spread, now)
     if news.bundle is not None:
-        yield from pieces.room(bundle := to_bundle(news.bundle))
+        bundle = to_bundle(news.bundle)
+        yield from pieces.room(bundle.ByteSize())
         pieces.message.bundle.CopyFrom(bundle)
     if news.lists is not None:
         lists = pb.SyncResponse.RevocationLists(crls=news.lists.crls)
-        yield from pieces.room(lists)
+        yield from pieces.room(lists.ByteSize())
         pieces.message.lists.CopyFrom(lists)
     for at in range(0, len(news.removed_ids), MOST_ENTRIES):
         some = news.removed_ids[at : at + MOST_ENTRIES]
-        yield from pieces.room(pb.SyncResponse(removed_ids=some), entries=len(some))
+        yield from pieces.room(sum(map(len, some)), entries=len(some))
         pieces.message.removed_ids.extend(some)
     for entry in news.changed:
-        message = entries.of(entry)
-        yield from pieces.room(message, entries=1)
+        message = shared.entries.of(entry)
+        yield from pieces.room(message.ByteSize(), entries=1)
         pieces.message.changed.append(message)
+    yield from _refused(news, node_id, shared.revocations, pieces)
+    pieces.message.complete = True
+    pieces.message.entries_digest = news.entries_digest
+    yield pieces.serialized()
+
+
+def _refused(
+    news: News, node_id: SpiffeId, shared: RevocationOctets, pieces: _Pieces
+) -> Iterator[Serialized]:
+    """What is not to be trusted any more, and what is again."""
     if news.denied_authorities is not None:
         denied = revocation_feed_pb2.DeniedAuthorities(ids=news.denied_authorities)
-        yield from pieces.room(denied)
+        yield from pieces.room(denied.ByteSize())
         pieces.message.denied_authorities.CopyFrom(denied)
     for at in range(0, len(news.released_ids), MOST_REVOCATIONS):
         some = news.released_ids[at : at + MOST_REVOCATIONS]
-        yield from pieces.room(pb.SyncResponse(released_ids=some), revocations=len(some))
+        yield from pieces.room(sum(map(len, some)), revocations=len(some))
         pieces.message.released_ids.extend(some)
     for epoch in map(to_epoch_message, news.epochs):
-        yield from pieces.room(epoch, revocations=1)
+        yield from pieces.room(epoch.ByteSize(), revocations=1)
         pieces.message.epochs.append(epoch)
-    for revocation in news.revocations:
-        told = to_revocation(revocation, node_id)
-        yield from pieces.room(told, revocations=1)
-        pieces.message.revocations.append(told)
-    pieces.message.complete = True
-    pieces.message.entries_digest = news.entries_digest
-    yield pieces.message
+    for at in range(0, len(news.revocations), MOST_REVOCATIONS):
+        chunk = news.revocations[at : at + MOST_REVOCATIONS]
+        octets = shared.of(chunk, node_id)
+        yield from pieces.room(len(octets), revocations=len(chunk))
+        pieces.behind.append(octets)
 
 
 class _Pieces:
-    """The message being filled, and what is in it."""
+    """The message being filled, and what is in it.
+
+    Attributes:
+        behind: what stands behind it, serialized.
+    """
 
     def __init__(self, news: News, spread: timedelta, now: datetime) -> None:
         self._news = news
         self._spread_ms = round(spread / timedelta(milliseconds=1))
         self._now_ms = int(now.timestamp() * 1000)
-        self._octets = self._entries = self._revocations = 0
-        self.message = self._begin(news.previous, full=news.full)
+        self._begin(news.previous, full=news.full)
 
-    def room(
-        self, item: Message, *, entries: int = 0, revocations: int = 0
-    ) -> Iterator[pb.SyncResponse]:
-        """Make room for `item`: yields the message so far if it is full."""
-        size = item.ByteSize()
+    def room(self, octets: int, *, entries: int = 0, revocations: int = 0) -> Iterator[Serialized]:
+        """Make room for something of that size: yields the message so far if it is full."""
         if (
-            (self._octets and self._octets + size > MOST_OCTETS)
+            (self._octets and self._octets + octets > MOST_OCTETS)
             or self._entries + entries > MOST_ENTRIES
             or self._revocations + revocations > MOST_REVOCATIONS
         ):
-            yield self.message
-            self._octets = self._entries = self._revocations = 0
-            self.message = self._begin(self._news.revision, full=False)
-        self._octets += size
+            yield self.serialized()
+            self._begin(self._news.revision, full=False)
+        self._octets += octets
         self._entries += entries
         self._revocations += revocations
 
-    def _begin(self, previous: int, *, full: bool) -> pb.SyncResponse:
-        return pb.SyncResponse(
+    def serialized(self) -> Serialized:
+        """The message so far."""
+        return Serialized(b"".join((self.message.SerializeToString(), *self.behind)))
+
+    def _begin(self, previous: int, *, full: bool) -> None:
+        self._octets = self._entries = self._revocations = 0
+        self.behind: list[bytes] = []
+        self.message = pb.SyncResponse(
             revision=self._news.revision,
             previous=previous,
             full=full,

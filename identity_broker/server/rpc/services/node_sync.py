@@ -16,6 +16,7 @@ from identity_broker.lifecycle.sync import NodeSync
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.convert import node_sync as convert
 from identity_broker.server.rpc.convert import scalars
+from identity_broker.server.rpc.convert.revocation_feed import Serialized
 from identity_broker.server.rpc.greeting import greeting
 from identity_broker.server.rpc.pipeline import ServiceFunction
 from identity_broker.server.rpc.services.svid import calling_node
@@ -43,7 +44,7 @@ class NodeSyncService:
         self._messages = metrics.sync_messages_total
         self._full = metrics.sync_full_total
         self._ack_seconds = metrics.sync_ack_seconds
-        self._entries = convert.EntryMessages()
+        self._shared = convert.SharedMessages()
 
     def functions(self) -> Mapping[str, ServiceFunction]:
         """Full method name to service function."""
@@ -52,7 +53,7 @@ class NodeSyncService:
 
     async def sync(
         self, requests: AsyncIterator[pb.SyncRequest], call: Call
-    ) -> AsyncIterator[pb.SyncResponse]:
+    ) -> AsyncIterator[Serialized]:
         """Send the node what it lacks, then every change that concerns it."""
         if call.stopping.is_set():
             raise BrokerStopping(retry_after=_RETRY_SECONDS)
@@ -70,7 +71,7 @@ class NodeSyncService:
                 if news.full:
                     self._full.inc()
                 for message in convert.to_sync_responses(
-                    news, stream.node_id, self._entries, self._roster.spread, self._clock.now()
+                    news, stream.node_id, self._shared, self._roster.spread, self._clock.now()
                 ):
                     yield message
                     stream.moved()
