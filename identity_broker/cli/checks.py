@@ -164,12 +164,13 @@ def _expected(admin: AdminClient, now: datetime) -> Iterator[Expected]:
 
     revoked, good = sampled(CredentialState.REVOKED), sampled(CredentialState.ISSUED)
     for authority in admin.authorities.list():
-        if authority.kind == "x509" and authority.state in {"active", "old"}:
+        if authority.kind == "x509" and authority.state != "prepared":
             yield Expected(
                 authority.id,
                 authority.certificate_chain[0],
                 frozenset(int(one.id, 16) for one in revoked if one.authority_id == authority.id),
                 tuple(int(one.id, 16) for one in good if one.authority_id == authority.id),
+                is_denied=authority.state == "revoked",
             )
 
 

@@ -119,8 +119,8 @@ class Broker:
         self._http_address: str | None = None
         self._status_watch = StatusWatch(
             address=lambda: self._http_address,
-            authorities=lambda: parts.signing.authorities.x509_set.trusted,
-            directory=parts.directory,
+            # Those that are revoked have lists and answers too, until they expire.
+            authorities=lambda: tuple(parts.signing.authorities.x509_set),
             store=parts.store,
             clock=parts.clock,
             metrics=parts.metrics,

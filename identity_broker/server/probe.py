@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import json
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from identity_ca.der import BIT_STRING, SEQUENCE, Reader
+from identity_ca.distribution import Shard, shard_of
 from identity_ca.keys import spki_der
 from identity_ca.serial import new_serial
 
@@ -39,6 +41,9 @@ _LEAST_LEFT: Final = timedelta(seconds=30)
 _OCSP_TYPE: Final = "application/ocsp-response"
 
 
+_UNREADABLE: Final = (OSError, http.client.HTTPException, ValueError, x509.ExtensionNotFound)
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What the ledger says of one authority.
@@ -48,12 +53,14 @@ class Expected:
         certificate: its own, DER.
         revoked: serial numbers that lists and OCSP have to deny: revoked and unexpired.
         good: a few that are neither.
+        is_denied: the authority itself is revoked: OCSP has to deny all that it signed.
     """
 
     authority_id: str
     certificate: bytes
     revoked: frozenset[int]
     good: tuple[int, ...]
+    is_denied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +101,36 @@ class StatusProbe:
             crl = x509.load_der_x509_crl(der)
             problem = self._fault(path, crl, issuer, now) or _disagreement(crl, expected)
             until = crl.next_update_utc
-        except (OSError, http.client.HTTPException, ValueError, x509.ExtensionNotFound) as exc:
+        except _UNREADABLE as exc:
             yield Sighting(name, path, f"it cannot be fetched or read: {_why(exc)}")
             return
         detail = f"number {self._numbers.get(path, 0)}, {len(crl)} entries, until {until}"
         yield Sighting(name, detail, problem)
         yield from self._delta(expected, issuer, now)
+        yield from self._part(expected, issuer, now)
+
+    def _part(
+        self, expected: Expected, issuer: x509.Certificate, now: datetime
+    ) -> Iterator[Sighting]:
+        """The part that the certificate revoked last names, where certificates name any."""
+        name = f"part of the list of {expected.authority_id[:8]}"
+        newest = max(expected.revoked, default=0)
+        try:
+            listed = json.loads(self._ask("GET", "/crl"))["lists"]
+            (found,) = [one for one in listed if one["authority_id"] == expected.authority_id]
+            shards = int(found.get("shards", 0))
+            if not shards:
+                return
+            path = f"/crl/{expected.authority_id}/{Shard(shard_of(newest, shards), shards)}.crl"
+            crl = x509.load_der_x509_crl(self._ask("GET", path))
+            crl.extensions.get_extension_for_class(x509.IssuingDistributionPoint)
+            problem = self._fault(path, crl, issuer, now)
+            if newest and crl.get_revoked_certificate_by_serial_number(newest) is None:
+                problem = problem or f"{newest:040x} was revoked and is not on it"
+        except (*_UNREADABLE, KeyError, TypeError) as exc:
+            yield Sighting(name, "/crl", f"it cannot be fetched or read: {_why(exc)}")
+            return
+        yield Sighting(name, f"number {self._numbers.get(path, 0)}, {len(crl)} entries", problem)
 
     def _delta(
         self, expected: Expected, issuer: x509.Certificate, now: datetime
@@ -110,7 +141,7 @@ class StatusProbe:
             crl = x509.load_der_x509_crl(self._ask("GET", path))
             crl.extensions.get_extension_for_class(x509.DeltaCRLIndicator)
             problem = self._fault(path, crl, issuer, now)
-        except (OSError, http.client.HTTPException, ValueError, x509.ExtensionNotFound) as exc:
+        except _UNREADABLE as exc:
             yield Sighting(name, path, f"it cannot be fetched or read: {_why(exc)}")
             return
         yield Sighting(name, f"number {self._numbers.get(path, 0)}, {len(crl)} entries", problem)
@@ -141,10 +172,13 @@ class StatusProbe:
     def _status(
         self, expected: Expected, issuer: x509.Certificate, now: datetime
     ) -> Iterator[Sighting]:
+        denied = ocsp.OCSPCertStatus.REVOKED
+        good = denied if expected.is_denied else ocsp.OCSPCertStatus.GOOD
+        never_issued = denied if expected.is_denied else ocsp.OCSPCertStatus.UNKNOWN
         wanted = [
-            *((serial, ocsp.OCSPCertStatus.REVOKED) for serial in _some(expected.revoked)),
-            *((serial, ocsp.OCSPCertStatus.GOOD) for serial in expected.good[:_STATUS_SAMPLES]),
-            (new_serial(now), ocsp.OCSPCertStatus.UNKNOWN),
+            *((serial, denied) for serial in _some(expected.revoked)),
+            *((serial, good) for serial in expected.good[:_STATUS_SAMPLES]),
+            (new_serial(now), never_issued),
         ]
         name = f"OCSP of {expected.authority_id[:8]}"
         problems = []
@@ -256,7 +290,9 @@ def verify_ocsp_signature(
 
 
 def _some(serials: frozenset[int], count: int = _STATUS_SAMPLES) -> list[int]:
-    return sorted(serials)[:count]
+    """The newest of them, and the oldest: serial numbers begin with their time."""
+    ordered = sorted(serials)
+    return ordered[:1] + ordered[1:][1 - count :]
 
 
 def _digest(octets: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Watches what we publish about revocation, from outside, and raises an event when it is wrong.
 
-- Every look compares lists, OCSP answers and the ledger: see `server.probe`.
+- Every look compares lists, OCSP answers and the ledger as the database has it, not the memory that
+  they are made from: see `server.probe`.
 - What was revoked a moment ago may not have been published yet: it is left out, and whatever looks
   wrong is looked at a second time before anybody is woken.
 """
@@ -9,14 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 from identity_broker.domain.clock import Clock
-from identity_broker.domain.credential import CredentialKind, CredentialState
+from identity_broker.domain.credential import (
+    Credential,
+    CredentialKind,
+    CredentialState,
+    Revocation,
+)
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.paging import CredentialFilter
-from identity_broker.lifecycle.directory import Directory
 from identity_broker.server.probe import Expected, Sighting, StatusProbe
 from identity_broker.store import Repositories, Store
 from identity_broker.telemetry.logs import get_logger
@@ -32,6 +38,45 @@ _SAMPLES: Final = 64
 _ACTOR: Final = "status watch"
 
 
+@dataclass(frozen=True, slots=True)
+class _Ledger:
+    """What the database says, beside the memory that lists and answers are made from."""
+
+    revoked: list[Revocation]
+    issued: Sequence[Credential]
+
+    @classmethod
+    def read(cls, repos: Repositories, now: datetime) -> _Ledger:
+        issued = CredentialFilter(
+            states=frozenset({CredentialState.ISSUED}), kind=CredentialKind.X509
+        )
+        return cls(
+            repos.credentials.revoked_unexpired(now),
+            repos.credentials.page(issued, "", _SAMPLES).items,
+        )
+
+    def expected(self, authority: Authority, now: datetime) -> Expected:
+        return Expected(
+            authority.id,
+            authority.chain[0],
+            frozenset(
+                int(each.id, 16)
+                for each in self.revoked
+                if each.kind is CredentialKind.X509
+                and each.authority_id == authority.id
+                and each.revoked_at < now - _SETTLED
+                and each.expires_at > now + _SETTLED
+            ),
+            tuple(
+                int(each.id, 16)
+                for each in self.issued
+                if each.intent.authority_id == authority.id
+                and each.intent.not_after > now + _SETTLED
+            ),
+            is_denied=not authority.trusted,
+        )
+
+
 class StatusWatch:
     """The job.
 
@@ -45,14 +90,12 @@ class StatusWatch:
         *,
         address: Callable[[], str | None],
         authorities: Callable[[], Sequence[Authority]],
-        directory: Directory,
         store: Store,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._address = address
         self._authorities = authorities
-        self._directory = directory
         self._store = store
         self._clock = clock
         self._metrics = metrics
@@ -81,38 +124,12 @@ class StatusWatch:
 
     async def _look(self, probe: StatusProbe) -> list[Sighting]:
         now = self._clock.now()
+        ledger = await self._store.read(lambda repos: _Ledger.read(repos, now))
         sightings: list[Sighting] = []
         for authority in self._authorities():
-            expected = await self._expected(authority, now)
+            expected = ledger.expected(authority, now)
             sightings += await asyncio.to_thread(probe.look, expected, now)
         return sightings
-
-    async def _expected(self, authority: Authority, now: datetime) -> Expected:
-        page = await self._store.read(
-            lambda repos: repos.credentials.page(
-                CredentialFilter(
-                    states=frozenset({CredentialState.ISSUED}), kind=CredentialKind.X509
-                ),
-                "",
-                _SAMPLES,
-            )
-        )
-        good = tuple(
-            int(each.id, 16)
-            for each in page.items
-            if each.intent.authority_id == authority.id
-            and each.intent.not_after > now + _SETTLED
-            and not self._directory.is_revoked(each.id)
-        )
-        revoked = frozenset(
-            int(each.id, 16)
-            for each in self._directory.revocations()
-            if each.kind is CredentialKind.X509
-            and each.authority_id == authority.id
-            and each.revoked_at < now - _SETTLED
-            and each.expires_at > now + _SETTLED
-        )
-        return Expected(authority.id, authority.chain[0], revoked, good)
 
     async def _tell(self, wrong: Sequence[Sighting]) -> None:
         """Write down what has become wrong since the last look."""
