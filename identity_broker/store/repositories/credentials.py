@@ -44,6 +44,7 @@ from identity_broker.store.mapping import (
     REVOCATION_COLUMNS,
     credential_from_row,
     revocation_from_row,
+    spiffe_id_from,
     to_micros,
 )
 from identity_broker.store.repositories import ledger_count, page_keys, selected
@@ -237,6 +238,18 @@ class CredentialRepository:
         released = sorted(rows.scalars())
         self._outbox.append_all(Topic.REVOCATION, released)
         return released
+
+    def nodes_of(self, order_id: str, now: datetime, limit: int) -> list[SpiffeId]:
+        """Nodes through which was issued what that order revoked and has not expired by `now`."""
+        c = credentials.c
+        query = select(c.node_id).where(
+            text(ORDERED),
+            c.order_id == order_id,
+            c.node_id.is_not(None),
+            c.not_after > to_micros(now),
+        )
+        rows = self._connection.execute(query.distinct().limit(limit))
+        return [spiffe_id_from(node_id) for node_id in rows.scalars()]
 
     def count(self, selection: Selection, now: datetime) -> LedgerCount:
         """What the ledger knows of a selection at `now`."""

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from identity_api.broker.v1 import credential_pb2 as identity__api_dot_broker_dot_v1_dot_credential__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'identity_api/broker/v1/revocation.proto\x12\x16identity_api.broker.v1\x1a\'identity_api/broker/v1/credential.proto\"U\n\x11RevocationSubject\x12\x31\n\x04kind\x18\x01 \x01(\x0e\x32#.identity_api.broker.v1.SubjectKind\x12\r\n\x05value\x18\x02 \x01(\t\"*\n\x0bHoldRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05until\x18\x02 \x01(\x03\"S\n\x15PlanRevocationRequest\x12:\n\x07subject\x18\x01 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\"\xf3\x04\n\x16PlanRevocationResponse\x12:\n\x07subject\x18\x01 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x11\n\tlive_x509\x18\x02 \x01(\x03\x12\x10\n\x08live_jwt\x18\x03 \x01(\x03\x12\x17\n\x0f\x61lready_revoked\x18\x04 \x01(\x03\x12\x0f\n\x07\x65xpired\x18\x05 \x01(\x03\x12P\n\nidentities\x18\x06 \x03(\x0b\x32<.identity_api.broker.v1.PlanRevocationResponse.IdentityCount\x12\x16\n\x0eidentity_count\x18\x07 \x01(\x03\x12\x16\n\x0eheld_entry_ids\x18\x08 \x03(\t\x12\x18\n\x10held_entry_count\x18\t \x01(\x03\x12K\n\x05nodes\x18\n \x03(\x0b\x32<.identity_api.broker.v1.PlanRevocationResponse.NodeConcerned\x12\x12\n\nnode_count\x18\x0b \x01(\x03\x12\x1b\n\x13\x63onnected_verifiers\x18\x0c \x01(\x03\x12\x15\n\rcallers_known\x18\r \x01(\x08\x12\x0f\n\x07\x63\x61llers\x18\x0e \x03(\t\x12\r\n\x05holds\x18\x0f \x01(\x08\x12\x14\n\x0c\x62locked_keys\x18\x10 \x03(\t\x1a\x30\n\rIdentityCount\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x0c\n\x04live\x18\x02 \x01(\x03\x1a\x35\n\rNodeConcerned\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\"\xeb\x01\n\rRevokeRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x07subject\x18\x02 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x38\n\x06reason\x18\x03 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\x12\x31\n\x04hold\x18\x05 \x01(\x0b\x32#.identity_api.broker.v1.HoldRequest\x12\x14\n\x0cwithout_hold\x18\x06 \x01(\x08\"c\n\x0eRevokeResponse\x12<\n\nrevocation\x18\x01 \x01(\x0b\x32(.identity_api.broker.v1.RevocationRecord\x12\x13\n\x0brevoked_ids\x18\x02 \x03(\t\"\xa1\x03\n\x10RevocationRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x07subject\x18\x02 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x38\n\x06reason\x18\x03 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x36\n\x05state\x18\x06 \x01(\x0e\x32\'.identity_api.broker.v1.RevocationState\x12\x15\n\rordered_at_ms\x18\x07 \x01(\x03\x12\x17\n\x0f\x63ommitted_at_ms\x18\x08 \x01(\x03\x12\x0f\n\x07revoked\x18\t \x01(\x03\x12\x17\n\x0f\x61lready_revoked\x18\n \x01(\x03\x12\x0f\n\x07\x65xpired\x18\x0b \x01(\x03\x12\x0c\n\x04hold\x18\x0c \x01(\t\x12\x16\n\x0eheld_entry_ids\x18\r \x03(\t\x12\x10\n\x08sequence\x18\x0e \x01(\x04\x12\x10\n\x08released\x18\x0f \x01(\x03\"3\n\x14GetRevocationRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07wait_ms\x18\x02 \x01(\x05\"\xa3\x01\n\x0eVerifierRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.identity_api.broker.v1.VerifierState\x12\x1a\n\x12\x61\x63knowledged_at_ms\x18\x04 \x01(\x03\x12\x12\n\nlatency_ms\x18\x05 \x01(\x05\x12\x0f\n\x07node_id\x18\x06 \x01(\t\"\xcd\x01\n\x0bPropagation\x12\x39\n\tverifiers\x18\x01 \x03(\x0b\x32&.identity_api.broker.v1.VerifierRecord\x12\x0c\n\x04told\x18\x02 \x01(\x05\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x05\x12\x0e\n\x06silent\x18\x04 \x01(\x05\x12\x0c\n\x04gone\x18\x05 \x01(\x05\x12\x0e\n\x06p50_ms\x18\x06 \x01(\x05\x12\x0e\n\x06p99_ms\x18\x07 \x01(\x05\x12!\n\x19within_objective_permille\x18\x08 \x01(\x05\"\xa2\x01\n\x15GetRevocationResponse\x12<\n\nrevocation\x18\x01 \x01(\x0b\x32(.identity_api.broker.v1.RevocationRecord\x12\x38\n\x0bpropagation\x18\x02 \x01(\x0b\x32#.identity_api.broker.v1.Propagation\x12\x11\n\tstatement\x18\x03 \x01(\t\"?\n\x16ListRevocationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"q\n\x17ListRevocationsResponse\x12=\n\x0brevocations\x18\x01 \x03(\x0b\x32(.identity_api.broker.v1.RevocationRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x97\x02\n\nHoldRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12:\n\x07subject\x18\x02 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x15\n\rrevocation_id\x18\x03 \x01(\t\x12\x38\n\x06reason\x18\x04 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x12\n\ncreated_at\x18\x06 \x01(\x03\x12\r\n\x05until\x18\x07 \x01(\x03\x12\x11\n\tlifted_at\x18\x08 \x01(\x03\x12\x11\n\tlifted_by\x18\t \x01(\t\x12\x16\n\x0eheld_entry_ids\x18\n \x03(\t\"Q\n\x10ListHoldsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x16\n\x0einclude_lifted\x18\x03 \x01(\x08\"_\n\x11ListHoldsResponse\x12\x31\n\x05holds\x18\x01 \x03(\x0b\x32\".identity_api.broker.v1.HoldRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fLiftHoldRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"o\n\x10LiftHoldResponse\x12\x30\n\x04hold\x18\x01 \x01(\x0b\x32\".identity_api.broker.v1.HoldRecord\x12\x10\n\x08released\x18\x02 \x01(\x03\x12\x17\n\x0f\x66reed_entry_ids\x18\x03 \x03(\t*\xfc\x01\n\x0bSubjectKind\x12\x1c\n\x18SUBJECT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SUBJECT_KIND_SPIFFE_ID\x10\x01\x12\x17\n\x13SUBJECT_KIND_SERIAL\x10\x02\x12\x14\n\x10SUBJECT_KIND_JTI\x10\x03\x12\x15\n\x11SUBJECT_KIND_NODE\x10\x04\x12\x16\n\x12SUBJECT_KIND_ENTRY\x10\x05\x12 \n\x1cSUBJECT_KIND_KEY_FINGERPRINT\x10\x06\x12\x1a\n\x16SUBJECT_KIND_AUTHORITY\x10\x07\x12\x17\n\x13SUBJECT_KIND_SELECT\x10\x08*\x8e\x01\n\x0fRevocationState\x12 \n\x1cREVOCATION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18REVOCATION_STATE_RUNNING\x10\x01\x12\x1e\n\x1aREVOCATION_STATE_COMMITTED\x10\x02\x12\x1b\n\x17REVOCATION_STATE_CLOSED\x10\x03*\x84\x01\n\rVerifierState\x12\x1e\n\x1aVERIFIER_STATE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bVERIFIER_STATE_ACKNOWLEDGED\x10\x01\x12\x19\n\x15VERIFIER_STATE_SILENT\x10\x02\x12\x17\n\x13VERIFIER_STATE_GONE\x10\x03\x32\xda\x04\n\nRevocation\x12\x65\n\x04Plan\x12-.identity_api.broker.v1.PlanRevocationRequest\x1a..identity_api.broker.v1.PlanRevocationResponse\x12W\n\x06Revoke\x12%.identity_api.broker.v1.RevokeRequest\x1a&.identity_api.broker.v1.RevokeResponse\x12\x62\n\x03Get\x12,.identity_api.broker.v1.GetRevocationRequest\x1a-.identity_api.broker.v1.GetRevocationResponse\x12g\n\x04List\x12..identity_api.broker.v1.ListRevocationsRequest\x1a/.identity_api.broker.v1.ListRevocationsResponse\x12`\n\tListHolds\x12(.identity_api.broker.v1.ListHoldsRequest\x1a).identity_api.broker.v1.ListHoldsResponse\x12]\n\x08LiftHold\x12\'.identity_api.broker.v1.LiftHoldRequest\x1a(.identity_api.broker.v1.LiftHoldResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'identity_api/broker/v1/revocation.proto\x12\x16identity_api.broker.v1\x1a\'identity_api/broker/v1/credential.proto\"U\n\x11RevocationSubject\x12\x31\n\x04kind\x18\x01 \x01(\x0e\x32#.identity_api.broker.v1.SubjectKind\x12\r\n\x05value\x18\x02 \x01(\t\"*\n\x0bHoldRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05until\x18\x02 \x01(\x03\"S\n\x15PlanRevocationRequest\x12:\n\x07subject\x18\x01 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\"\xab\x05\n\x16PlanRevocationResponse\x12:\n\x07subject\x18\x01 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x11\n\tlive_x509\x18\x02 \x01(\x03\x12\x10\n\x08live_jwt\x18\x03 \x01(\x03\x12\x17\n\x0f\x61lready_revoked\x18\x04 \x01(\x03\x12\x0f\n\x07\x65xpired\x18\x05 \x01(\x03\x12P\n\nidentities\x18\x06 \x03(\x0b\x32<.identity_api.broker.v1.PlanRevocationResponse.IdentityCount\x12\x16\n\x0eidentity_count\x18\x07 \x01(\x03\x12\x16\n\x0eheld_entry_ids\x18\x08 \x03(\t\x12\x18\n\x10held_entry_count\x18\t \x01(\x03\x12K\n\x05nodes\x18\n \x03(\x0b\x32<.identity_api.broker.v1.PlanRevocationResponse.NodeConcerned\x12\x12\n\nnode_count\x18\x0b \x01(\x03\x12\x1b\n\x13\x63onnected_verifiers\x18\x0c \x01(\x03\x12\x15\n\rcallers_known\x18\r \x01(\x08\x12\x0f\n\x07\x63\x61llers\x18\x0e \x03(\t\x12\r\n\x05holds\x18\x0f \x01(\x08\x12\x14\n\x0c\x62locked_keys\x18\x10 \x03(\t\x12\x19\n\x11stranded_node_ids\x18\x11 \x03(\t\x12\x1b\n\x13stranded_node_count\x18\x12 \x01(\x03\x1a\x30\n\rIdentityCount\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x0c\n\x04live\x18\x02 \x01(\x03\x1a\x35\n\rNodeConcerned\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\"\xeb\x01\n\rRevokeRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x07subject\x18\x02 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x38\n\x06reason\x18\x03 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\x12\x31\n\x04hold\x18\x05 \x01(\x0b\x32#.identity_api.broker.v1.HoldRequest\x12\x14\n\x0cwithout_hold\x18\x06 \x01(\x08\"u\n\x0eRevokeResponse\x12<\n\nrevocation\x18\x01 \x01(\x0b\x32(.identity_api.broker.v1.RevocationRecord\x12\x13\n\x0brevoked_ids\x18\x02 \x03(\t\x12\x10\n\x08repeated\x18\x03 \x01(\x08\"\xa1\x03\n\x10RevocationRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x07subject\x18\x02 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x38\n\x06reason\x18\x03 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x36\n\x05state\x18\x06 \x01(\x0e\x32\'.identity_api.broker.v1.RevocationState\x12\x15\n\rordered_at_ms\x18\x07 \x01(\x03\x12\x17\n\x0f\x63ommitted_at_ms\x18\x08 \x01(\x03\x12\x0f\n\x07revoked\x18\t \x01(\x03\x12\x17\n\x0f\x61lready_revoked\x18\n \x01(\x03\x12\x0f\n\x07\x65xpired\x18\x0b \x01(\x03\x12\x0c\n\x04hold\x18\x0c \x01(\t\x12\x16\n\x0eheld_entry_ids\x18\r \x03(\t\x12\x10\n\x08sequence\x18\x0e \x01(\x04\x12\x10\n\x08released\x18\x0f \x01(\x03\"3\n\x14GetRevocationRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07wait_ms\x18\x02 \x01(\x05\"\xa3\x01\n\x0eVerifierRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.identity_api.broker.v1.VerifierState\x12\x1a\n\x12\x61\x63knowledged_at_ms\x18\x04 \x01(\x03\x12\x12\n\nlatency_ms\x18\x05 \x01(\x05\x12\x0f\n\x07node_id\x18\x06 \x01(\t\"\xdb\x01\n\x0bPropagation\x12\x39\n\tverifiers\x18\x01 \x03(\x0b\x32&.identity_api.broker.v1.VerifierRecord\x12\x0c\n\x04told\x18\x02 \x01(\x05\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x05\x12\x0e\n\x06silent\x18\x04 \x01(\x05\x12\x0c\n\x04gone\x18\x05 \x01(\x05\x12\x0e\n\x06p50_ms\x18\x06 \x01(\x05\x12\x0e\n\x06p99_ms\x18\x07 \x01(\x05\x12!\n\x19within_objective_permille\x18\x08 \x01(\x05\x12\x0c\n\x04\x61way\x18\t \x01(\x05\"\xa2\x01\n\x15GetRevocationResponse\x12<\n\nrevocation\x18\x01 \x01(\x0b\x32(.identity_api.broker.v1.RevocationRecord\x12\x38\n\x0bpropagation\x18\x02 \x01(\x0b\x32#.identity_api.broker.v1.Propagation\x12\x11\n\tstatement\x18\x03 \x01(\t\"?\n\x16ListRevocationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"q\n\x17ListRevocationsResponse\x12=\n\x0brevocations\x18\x01 \x03(\x0b\x32(.identity_api.broker.v1.RevocationRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x97\x02\n\nHoldRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12:\n\x07subject\x18\x02 \x01(\x0b\x32).identity_api.broker.v1.RevocationSubject\x12\x15\n\rrevocation_id\x18\x03 \x01(\t\x12\x38\n\x06reason\x18\x04 \x01(\x0e\x32(.identity_api.broker.v1.RevocationReason\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x12\n\ncreated_at\x18\x06 \x01(\x03\x12\r\n\x05until\x18\x07 \x01(\x03\x12\x11\n\tlifted_at\x18\x08 \x01(\x03\x12\x11\n\tlifted_by\x18\t \x01(\t\x12\x16\n\x0eheld_entry_ids\x18\n \x03(\t\"Q\n\x10ListHoldsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x16\n\x0einclude_lifted\x18\x03 \x01(\x08\"_\n\x11ListHoldsResponse\x12\x31\n\x05holds\x18\x01 \x03(\x0b\x32\".identity_api.broker.v1.HoldRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fLiftHoldRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"o\n\x10LiftHoldResponse\x12\x30\n\x04hold\x18\x01 \x01(\x0b\x32\".identity_api.broker.v1.HoldRecord\x12\x10\n\x08released\x18\x02 \x01(\x03\x12\x17\n\x0f\x66reed_entry_ids\x18\x03 \x03(\t*\xfc\x01\n\x0bSubjectKind\x12\x1c\n\x18SUBJECT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SUBJECT_KIND_SPIFFE_ID\x10\x01\x12\x17\n\x13SUBJECT_KIND_SERIAL\x10\x02\x12\x14\n\x10SUBJECT_KIND_JTI\x10\x03\x12\x15\n\x11SUBJECT_KIND_NODE\x10\x04\x12\x16\n\x12SUBJECT_KIND_ENTRY\x10\x05\x12 \n\x1cSUBJECT_KIND_KEY_FINGERPRINT\x10\x06\x12\x1a\n\x16SUBJECT_KIND_AUTHORITY\x10\x07\x12\x17\n\x13SUBJECT_KIND_SELECT\x10\x08*\x8e\x01\n\x0fRevocationState\x12 \n\x1cREVOCATION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18REVOCATION_STATE_RUNNING\x10\x01\x12\x1e\n\x1aREVOCATION_STATE_COMMITTED\x10\x02\x12\x1b\n\x17REVOCATION_STATE_CLOSED\x10\x03*\x9d\x01\n\rVerifierState\x12\x1e\n\x1aVERIFIER_STATE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bVERIFIER_STATE_ACKNOWLEDGED\x10\x01\x12\x19\n\x15VERIFIER_STATE_SILENT\x10\x02\x12\x17\n\x13VERIFIER_STATE_GONE\x10\x03\x12\x17\n\x13VERIFIER_STATE_AWAY\x10\x04\x32\xda\x04\n\nRevocation\x12\x65\n\x04Plan\x12-.identity_api.broker.v1.PlanRevocationRequest\x1a..identity_api.broker.v1.PlanRevocationResponse\x12W\n\x06Revoke\x12%.identity_api.broker.v1.RevokeRequest\x1a&.identity_api.broker.v1.RevokeResponse\x12\x62\n\x03Get\x12,.identity_api.broker.v1.GetRevocationRequest\x1a-.identity_api.broker.v1.GetRevocationResponse\x12g\n\x04List\x12..identity_api.broker.v1.ListRevocationsRequest\x1a/.identity_api.broker.v1.ListRevocationsResponse\x12`\n\tListHolds\x12(.identity_api.broker.v1.ListHoldsRequest\x1a).identity_api.broker.v1.ListHoldsResponse\x12]\n\x08LiftHold\x12\'.identity_api.broker.v1.LiftHoldRequest\x1a(.identity_api.broker.v1.LiftHoldResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'identity_api.broker.v1.revocation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBJECTKIND']._serialized_start=3094
-  _globals['_SUBJECTKIND']._serialized_end=3346
-  _globals['_REVOCATIONSTATE']._serialized_start=3349
-  _globals['_REVOCATIONSTATE']._serialized_end=3491
-  _globals['_VERIFIERSTATE']._serialized_start=3494
-  _globals['_VERIFIERSTATE']._serialized_end=3626
+  _globals['_SUBJECTKIND']._serialized_start=3182
+  _globals['_SUBJECTKIND']._serialized_end=3434
+  _globals['_REVOCATIONSTATE']._serialized_start=3437
+  _globals['_REVOCATIONSTATE']._serialized_end=3579
+  _globals['_VERIFIERSTATE']._serialized_start=3582
+  _globals['_VERIFIERSTATE']._serialized_end=3739
   _globals['_REVOCATIONSUBJECT']._serialized_start=108
   _globals['_REVOCATIONSUBJECT']._serialized_end=193
   _globals['_HOLDREQUEST']._serialized_start=195
@@ -45,39 +45,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLANREVOCATIONREQUEST']._serialized_start=239
   _globals['_PLANREVOCATIONREQUEST']._serialized_end=322
   _globals['_PLANREVOCATIONRESPONSE']._serialized_start=325
-  _globals['_PLANREVOCATIONRESPONSE']._serialized_end=952
-  _globals['_PLANREVOCATIONRESPONSE_IDENTITYCOUNT']._serialized_start=849
-  _globals['_PLANREVOCATIONRESPONSE_IDENTITYCOUNT']._serialized_end=897
-  _globals['_PLANREVOCATIONRESPONSE_NODECONCERNED']._serialized_start=899
-  _globals['_PLANREVOCATIONRESPONSE_NODECONCERNED']._serialized_end=952
-  _globals['_REVOKEREQUEST']._serialized_start=955
-  _globals['_REVOKEREQUEST']._serialized_end=1190
-  _globals['_REVOKERESPONSE']._serialized_start=1192
-  _globals['_REVOKERESPONSE']._serialized_end=1291
-  _globals['_REVOCATIONRECORD']._serialized_start=1294
-  _globals['_REVOCATIONRECORD']._serialized_end=1711
-  _globals['_GETREVOCATIONREQUEST']._serialized_start=1713
-  _globals['_GETREVOCATIONREQUEST']._serialized_end=1764
-  _globals['_VERIFIERRECORD']._serialized_start=1767
-  _globals['_VERIFIERRECORD']._serialized_end=1930
-  _globals['_PROPAGATION']._serialized_start=1933
-  _globals['_PROPAGATION']._serialized_end=2138
-  _globals['_GETREVOCATIONRESPONSE']._serialized_start=2141
-  _globals['_GETREVOCATIONRESPONSE']._serialized_end=2303
-  _globals['_LISTREVOCATIONSREQUEST']._serialized_start=2305
-  _globals['_LISTREVOCATIONSREQUEST']._serialized_end=2368
-  _globals['_LISTREVOCATIONSRESPONSE']._serialized_start=2370
-  _globals['_LISTREVOCATIONSRESPONSE']._serialized_end=2483
-  _globals['_HOLDRECORD']._serialized_start=2486
-  _globals['_HOLDRECORD']._serialized_end=2765
-  _globals['_LISTHOLDSREQUEST']._serialized_start=2767
-  _globals['_LISTHOLDSREQUEST']._serialized_end=2848
-  _globals['_LISTHOLDSRESPONSE']._serialized_start=2850
-  _globals['_LISTHOLDSRESPONSE']._serialized_end=2945
-  _globals['_LIFTHOLDREQUEST']._serialized_start=2947
-  _globals['_LIFTHOLDREQUEST']._serialized_end=2978
-  _globals['_LIFTHOLDRESPONSE']._serialized_start=2980
-  _globals['_LIFTHOLDRESPONSE']._serialized_end=3091
-  _globals['_REVOCATION']._serialized_start=3629
-  _globals['_REVOCATION']._serialized_end=4231
+  _globals['_PLANREVOCATIONRESPONSE']._serialized_end=1008
+  _globals['_PLANREVOCATIONRESPONSE_IDENTITYCOUNT']._serialized_start=905
+  _globals['_PLANREVOCATIONRESPONSE_IDENTITYCOUNT']._serialized_end=953
+  _globals['_PLANREVOCATIONRESPONSE_NODECONCERNED']._serialized_start=955
+  _globals['_PLANREVOCATIONRESPONSE_NODECONCERNED']._serialized_end=1008
+  _globals['_REVOKEREQUEST']._serialized_start=1011
+  _globals['_REVOKEREQUEST']._serialized_end=1246
+  _globals['_REVOKERESPONSE']._serialized_start=1248
+  _globals['_REVOKERESPONSE']._serialized_end=1365
+  _globals['_REVOCATIONRECORD']._serialized_start=1368
+  _globals['_REVOCATIONRECORD']._serialized_end=1785
+  _globals['_GETREVOCATIONREQUEST']._serialized_start=1787
+  _globals['_GETREVOCATIONREQUEST']._serialized_end=1838
+  _globals['_VERIFIERRECORD']._serialized_start=1841
+  _globals['_VERIFIERRECORD']._serialized_end=2004
+  _globals['_PROPAGATION']._serialized_start=2007
+  _globals['_PROPAGATION']._serialized_end=2226
+  _globals['_GETREVOCATIONRESPONSE']._serialized_start=2229
+  _globals['_GETREVOCATIONRESPONSE']._serialized_end=2391
+  _globals['_LISTREVOCATIONSREQUEST']._serialized_start=2393
+  _globals['_LISTREVOCATIONSREQUEST']._serialized_end=2456
+  _globals['_LISTREVOCATIONSRESPONSE']._serialized_start=2458
+  _globals['_LISTREVOCATIONSRESPONSE']._serialized_end=2571
+  _globals['_HOLDRECORD']._serialized_start=2574
+  _globals['_HOLDRECORD']._serialized_end=2853
+  _globals['_LISTHOLDSREQUEST']._serialized_start=2855
+  _globals['_LISTHOLDSREQUEST']._serialized_end=2936
+  _globals['_LISTHOLDSRESPONSE']._serialized_start=2938
+  _globals['_LISTHOLDSRESPONSE']._serialized_end=3033
+  _globals['_LIFTHOLDREQUEST']._serialized_start=3035
+  _globals['_LIFTHOLDREQUEST']._serialized_end=3066
+  _globals['_LIFTHOLDRESPONSE']._serialized_start=3068
+  _globals['_LIFTHOLDRESPONSE']._serialized_end=3179
+  _globals['_REVOCATION']._serialized_start=3742
+  _globals['_REVOCATION']._serialized_end=4344
 # @@protoc_insertion_point(module_scope)

@@ -107,6 +107,10 @@ class _VerifierStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verifie
     """It is connected and has not."""
     VERIFIER_STATE_GONE: _VerifierState.ValueType  # 3
     """It was connected when the revocation was ordered, and is not now."""
+    VERIFIER_STATE_AWAY: _VerifierState.ValueType  # 4
+    """A node that was not connected when the revocation was committed and is not known to have it:
+    it may still hold what was revoked.
+    """
 
 class VerifierState(_VerifierState, metaclass=_VerifierStateEnumTypeWrapper): ...
 
@@ -117,6 +121,10 @@ VERIFIER_STATE_SILENT: VerifierState.ValueType  # 2
 """It is connected and has not."""
 VERIFIER_STATE_GONE: VerifierState.ValueType  # 3
 """It was connected when the revocation was ordered, and is not now."""
+VERIFIER_STATE_AWAY: VerifierState.ValueType  # 4
+"""A node that was not connected when the revocation was committed and is not known to have it:
+it may still hold what was revoked.
+"""
 Global___VerifierState: _TypeAlias = VerifierState  # noqa: Y015
 
 @_typing.final
@@ -253,6 +261,8 @@ class PlanRevocationResponse(_message.Message):
     CALLERS_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
     BLOCKED_KEYS_FIELD_NUMBER: _builtins.int
+    STRANDED_NODE_IDS_FIELD_NUMBER: _builtins.int
+    STRANDED_NODE_COUNT_FIELD_NUMBER: _builtins.int
     live_x509: _builtins.int
     """Required. Credentials that may still be valid and would be revoked."""
     live_jwt: _builtins.int
@@ -273,6 +283,8 @@ class PlanRevocationResponse(_message.Message):
     """Required. Whether the broker knows who called the subject lately; it does not yet."""
     holds: _builtins.bool
     """Required. Whether a hold comes with it unless refused."""
+    stranded_node_count: _builtins.int
+    """Required."""
     @_builtins.property
     def subject(self) -> Global___RevocationSubject:
         """Required. The subject as the broker understands it."""
@@ -297,6 +309,12 @@ class PlanRevocationResponse(_message.Message):
     def blocked_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Key fingerprints that would be refused for ever."""
 
+    @_builtins.property
+    def stranded_node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Required; may be empty. Nodes whose own SVID would be revoked and that cannot attest again by
+        themselves, though they are not banned by it; at most 100.
+        """
+
     def __init__(
         self,
         *,
@@ -316,10 +334,12 @@ class PlanRevocationResponse(_message.Message):
         callers: _abc.Iterable[_builtins.str] | None = ...,
         holds: _builtins.bool = ...,
         blocked_keys: _abc.Iterable[_builtins.str] | None = ...,
+        stranded_node_ids: _abc.Iterable[_builtins.str] | None = ...,
+        stranded_node_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_revoked", b"already_revoked", "blocked_keys", b"blocked_keys", "callers", b"callers", "callers_known", b"callers_known", "connected_verifiers", b"connected_verifiers", "expired", b"expired", "held_entry_count", b"held_entry_count", "held_entry_ids", b"held_entry_ids", "holds", b"holds", "identities", b"identities", "identity_count", b"identity_count", "live_jwt", b"live_jwt", "live_x509", b"live_x509", "node_count", b"node_count", "nodes", b"nodes", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_revoked", b"already_revoked", "blocked_keys", b"blocked_keys", "callers", b"callers", "callers_known", b"callers_known", "connected_verifiers", b"connected_verifiers", "expired", b"expired", "held_entry_count", b"held_entry_count", "held_entry_ids", b"held_entry_ids", "holds", b"holds", "identities", b"identities", "identity_count", b"identity_count", "live_jwt", b"live_jwt", "live_x509", b"live_x509", "node_count", b"node_count", "nodes", b"nodes", "stranded_node_count", b"stranded_node_count", "stranded_node_ids", b"stranded_node_ids", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -336,7 +356,9 @@ class RevokeRequest(_message.Message):
     HOLD_FIELD_NUMBER: _builtins.int
     WITHOUT_HOLD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Optional. Chosen by the caller to make a retry the same revocation: [A-Za-z0-9._-], at most 64."""
+    """Optional. Chosen by the caller to make a retry the same revocation: [A-Za-z0-9._-], at most 64.
+    The retry gives the same subject, reason and hold.
+    """
     reason: _credential_pb2.RevocationReason.ValueType
     """Optional."""
     comment: _builtins.str
@@ -375,6 +397,9 @@ class RevokeResponse(_message.Message):
 
     REVOCATION_FIELD_NUMBER: _builtins.int
     REVOKED_IDS_FIELD_NUMBER: _builtins.int
+    REPEATED_FIELD_NUMBER: _builtins.int
+    repeated: _builtins.bool
+    """Required. The revocation was ordered before, by another call."""
     @_builtins.property
     def revocation(self) -> Global___RevocationRecord:
         """Required."""
@@ -388,10 +413,11 @@ class RevokeResponse(_message.Message):
         *,
         revocation: Global___RevocationRecord | None = ...,
         revoked_ids: _abc.Iterable[_builtins.str] | None = ...,
+        repeated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["revocation", b"revocation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocation", b"revocation", "revoked_ids", b"revoked_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["repeated", b"repeated", "revocation", b"revocation", "revoked_ids", b"revoked_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -553,8 +579,9 @@ class Propagation(_message.Message):
     P50_MS_FIELD_NUMBER: _builtins.int
     P99_MS_FIELD_NUMBER: _builtins.int
     WITHIN_OBJECTIVE_PERMILLE_FIELD_NUMBER: _builtins.int
+    AWAY_FIELD_NUMBER: _builtins.int
     told: _builtins.int
-    """Required. How many were to be told, or are connected now."""
+    """Required. How many were to be told, or are connected now; without those that are away."""
     acknowledged: _builtins.int
     """Required."""
     silent: _builtins.int
@@ -568,10 +595,14 @@ class Propagation(_message.Message):
     p99_ms: _builtins.int
     """Required. As p50_ms."""
     within_objective_permille: _builtins.int
-    """Required. Verifiers within the objective of one second, per thousand of those told."""
+    """Required. Verifiers within the objective of one second, per thousand of those that were
+    connected at the commit or came since; -1 where the broker can judge none.
+    """
+    away: _builtins.int
+    """Required. Nodes that are away, at most 1,000; not among those told."""
     @_builtins.property
     def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifierRecord]:
-        """Required; may be empty. At most 1,000, the silent ones first."""
+        """Required; may be empty. At most 1,000: the silent ones first, then those that are away."""
 
     def __init__(
         self,
@@ -584,10 +615,11 @@ class Propagation(_message.Message):
         p50_ms: _builtins.int = ...,
         p99_ms: _builtins.int = ...,
         within_objective_permille: _builtins.int = ...,
+        away: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "gone", b"gone", "p50_ms", b"p50_ms", "p99_ms", b"p99_ms", "silent", b"silent", "told", b"told", "verifiers", b"verifiers", "within_objective_permille", b"within_objective_permille"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "away", b"away", "gone", b"gone", "p50_ms", b"p50_ms", "p99_ms", b"p99_ms", "silent", b"silent", "told", b"told", "verifiers", b"verifiers", "within_objective_permille", b"within_objective_permille"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
