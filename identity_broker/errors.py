@@ -425,10 +425,10 @@ class HoldExists(ConflictError):
 
 
 class RevocationExists(ConflictError):
-    """Another revocation has that id."""
+    """Another revocation has that id, or its hold is over."""
 
     reason = "REVOCATION_EXISTS"
-    sentence = "a revocation of something else has that id"
+    sentence = "another revocation has that id"
     default_hint = "idb revoke status ID"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from identity_broker.cli.output import distance
+from identity_broker.cli.revocation_text import count, token_command
 from identity_broker.domain.clock import SystemClock
 from identity_broker.errors import ConfigError
 
@@ -33,6 +34,7 @@ _SKEW_WARN = timedelta(seconds=5)
 _SKEW_FAIL = timedelta(seconds=60)
 _HTTP_TIMEOUT = 5.0
 _SAMPLES = 200
+_NAMED = 5
 _SETTLED = timedelta(seconds=5)
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _PUBLIC_FILES = frozenset({"bundle.pem"})
@@ -125,10 +127,27 @@ def administration(admin: AdminClient, now: datetime) -> Iterator[Finding]:
             yield Finding(f"{kind} authority", Verdict.FAIL, "none is active", fix)
         for one in active:
             yield _life(f"{kind} authority", one.not_before, one.expires_at, now)
+    yield from _cut_off(admin)
     banned = sum(1 for _ in admin.nodes.list(banned=True))
     if banned:
         fix = "idb node list --banned"
         yield Finding("nodes", Verdict.WARN, f"{banned} banned", fix)
+
+
+def _cut_off(admin: AdminClient) -> Iterator[Finding]:
+    """Nodes that are refused though nobody banned them."""
+    found = [one for one in islice(admin.nodes.list(banned=False), _SAMPLES) if one.svid_revoked]
+    if not found:
+        return
+    lost = [one for one in found if not one.reattestable]
+    names = ", ".join(one.spiffe_id.rpartition("/")[2] for one in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    yield Finding(
+        "nodes",
+        Verdict.WARN,
+        f"{count(len(found), 'node')} whose own SVID is revoked: {names}{more}",
+        token_command(lost[0].spiffe_id) if lost else "restart the agent: it attests again",
+    )
 
 
 def revocation_status(admin: AdminClient, address: str, now: datetime) -> Iterator[Finding]:

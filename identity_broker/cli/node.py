@@ -117,7 +117,11 @@ def _why(session: Session, one: Node) -> str:
 
 
 def _state(one: Node) -> Text:
-    return Text("banned", Style.BAD) if one.banned else Text("attested", Style.GOOD)
+    if one.banned:
+        return Text("banned", Style.BAD)
+    if one.svid_revoked:
+        return Text("SVID revoked", Style.BAD)
+    return Text("attested", Style.GOOD)
 
 
 def _facts(one: Node, why: str = "") -> str:

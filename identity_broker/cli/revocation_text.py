@@ -57,6 +57,7 @@ def plan_facts(plan: RevocationPlan, *, hold: bool, stream: TextIO | None = None
                     plan.node_count,
                 ),
             ),
+            *_stranded(plan),
             ("connected verifiers", f"{plan.connected_verifiers:,}"),
             ("tokens derived", count(plan.live_jwt, "JWT-SVID")),
             ("called in the last day by", _callers(plan)),
@@ -66,9 +67,40 @@ def plan_facts(plan: RevocationPlan, *, hold: bool, stream: TextIO | None = None
     )
 
 
+def _stranded(plan: RevocationPlan) -> list[tuple[str, Text]]:
+    if not plan.stranded_node_count:
+        return []
+    names = _some(plan.stranded_node_ids, plan.stranded_node_count)
+    return [("nodes that need a new token", Text(names, Style.WARN))]
+
+
+def joining_again(plan: RevocationPlan) -> list[str]:
+    """What to do about the nodes that are left without an SVID."""
+    if not plan.stranded_node_count:
+        return []
+    number = count(plan.stranded_node_count, "node")
+    told = [f"{number} cannot attest again without a new token"]
+    told += [f"hint: {token_command(one)}" for one in plan.stranded_node_ids[:_NAMED]]
+    if plan.stranded_node_count > _NAMED:
+        told.append(f"and {plan.stranded_node_count - _NAMED:,} more: idb node list")
+    return told
+
+
+def token_command(node_id: str) -> str:
+    """The command that makes a token for the node."""
+    return f"idb token generate --node {node_id.rpartition('/')[2]}"
+
+
 def _future(plan: RevocationPlan, *, hold: bool) -> str | Text:
+    if plan.subject.kind.value == "authority":
+        return "another authority signs them"
     if not hold:
         return Text("issued as before: nothing is held", Style.WARN)
+    if not plan.holds:
+        return Text(
+            "issued as before: its hold only makes valid again, once lifted, what is revoked",
+            Style.WARN,
+        )
     if not plan.held_entry_count:
         return "none are issued while the hold lasts; no entry is concerned"
     held = _some(plan.held_entry_ids, plan.held_entry_count)

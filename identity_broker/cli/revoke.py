@@ -197,7 +197,12 @@ def revoke(
             "certificate-hold is a hold: it is what can be lifted", hint="leave out --no-hold"
         )
     from identity_broker.cli import revoking
+    from identity_broker.domain.revocation import check_name
 
+    # Refused before anything is shown, as the broker would refuse it after.
+    for name, what in ((revocation_id, "a revocation's id"), (hold, "the name of a hold")):
+        if name:
+            check_name(name, what)
     order = revoking.Order(
         reason=reason or "unspecified",
         comment=comment,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 import time
@@ -18,12 +19,13 @@ from identity_broker.cli import revocation_text as text
 from identity_broker.cli.confirm import can_ask, confirm
 from identity_broker.cli.connect import Session
 from identity_broker.cli.options import Invocation
-from identity_broker.cli.output import OutputFormat, clean, emit, say
+from identity_broker.cli.output import OutputFormat, clean, emit, moment, say
 from identity_broker.domain.clock import SystemClock
 
 if TYPE_CHECKING:
-    from identity_client.admin import Propagation, Revocation, RevocationPlan, Subject
+    from identity_client.admin import Propagation, Revocation, RevocationPlan, Revoked, Subject
 
+_LIFTABLE = "certificate-hold"
 _ACKNOWLEDGED_WITHIN = timedelta(seconds=2)
 _POLL_SECONDS = 0.25
 _TELL_EVERY = 1.0
@@ -42,15 +44,15 @@ class Order:
     hold_until: datetime | None = None
     without_hold: bool = False
 
-    def stops_issuance(self, plan: RevocationPlan) -> bool:
+    def has_hold(self, plan: RevocationPlan) -> bool:
         """Whether a hold comes with it."""
-        return plan.holds and not self.without_hold
+        return (plan.holds or self.reason == _LIFTABLE) and not self.without_hold
 
 
 def show_plan(invocation: Invocation, session: Session, subject: Subject, order: Order) -> None:
     """Only say what would be hit, on stdout."""
     plan = session.admin.revocations.plan(subject)
-    hold = order.stops_issuance(plan)
+    hold = order.has_hold(plan)
     emit(invocation.output, {"plan": plan}, lambda: text.plan_facts(plan, hold=hold))
 
 
@@ -64,14 +66,14 @@ def carry_out(
     wait: bool,
 ) -> None:
     """Show the plan, ask, revoke, follow, and say who has heard."""
-    from identity_client.admin import HoldTerms, RevocationReason
+    from identity_client.admin import HoldTerms, RevocationReason, SubjectKind
     from identity_client.errors import BrokerUnavailable, IdentityError
 
     revocations = session.admin.revocations
     plan = revocations.plan(subject)
     # A program that answers for itself reads the plan in the one document.
     if invocation.output is not OutputFormat.JSON or (not yes and can_ask()):
-        say(text.plan_facts(plan, hold=order.stops_issuance(plan), stream=sys.stderr))
+        say(text.plan_facts(plan, hold=order.has_hold(plan), stream=sys.stderr))
     confirm("Revoke?", yes=yes, otherwise="nothing was revoked")
     # Chosen here, so that it can be named whatever becomes of the connection.
     revocation_id = order.revocation_id or revocations.new_id()
@@ -88,20 +90,25 @@ def carry_out(
             without_hold=order.without_hold,
         )
     except BrokerUnavailable as lost:
+        repeat = f"with --id {revocation_id}"
+        if subject.kind is SubjectKind.SELECT:
+            # A time like 2h is another one by then.
+            repeat += f" --select {shlex.quote(plan.subject.value)}"
         lost.hint = (
             f"whether it was stored is not known: idb revoke status {revocation_id}; "
-            f"the same command with --id {revocation_id} is the same revocation"
+            f"the same command {repeat} is the same revocation"
         )
         raise
     took = round((time.perf_counter() - began) * 1000)
     talk = invocation.output is not OutputFormat.JSON
     if talk:
-        _tell_durable(done.revocation, took)
+        _tell_done(done, plan, order, took)
     document: dict[str, Any] = {
         "plan": plan,
         "revocation": done.revocation,
         "propagation": None,
         "revoked_ids": done.revoked_ids,
+        "repeated": done.repeated,
     }
     more: list[tuple[str, Any]] = []
     if wait:
@@ -124,15 +131,49 @@ def carry_out(
     emit(invocation.output, document, lambda: text.revocation_facts(final, now, more))
 
 
+def _tell_done(done: Revoked, plan: RevocationPlan, order: Order, milliseconds: int) -> None:
+    if done.repeated:
+        _tell_repeat(done.revocation, plan, order)
+    else:
+        _tell_durable(done.revocation, milliseconds)
+    _tell_hold(done.revocation, plan)
+    for line in text.joining_again(plan):
+        say(line)
+
+
 def _tell_durable(revocation: Revocation, milliseconds: int) -> None:
     if revocation.state.value == "running":
         say(f"ordered, durable after {milliseconds:,} ms: {revocation.id}; it goes on by itself")
     else:
         revoked = text.count(revocation.revoked, "credential")
         say(f"revoked: {revoked}, durable after {milliseconds:,} ms: {revocation.id}")
-    if revocation.hold:
-        held = text.count(len(revocation.held_entry_ids), "entry is", "entries are")
-        say(f"{held} held; idb hold lift {revocation.hold} issues again")
+
+
+def _tell_repeat(known: Revocation, plan: RevocationPlan, order: Order) -> None:
+    before = f"ordered before, {moment(known.ordered_at, now=SystemClock().now())}: {known.id}"
+    if known.state.value == "running":
+        say(f"{before}; it goes on by itself")
+        return
+    say(f"{before}; nothing new was revoked by this command")
+    if live := plan.live_x509 + plan.live_jwt:
+        say(
+            f"{text.count(live, 'credential')} of the subject may still be valid: this revocation "
+            "does not end them, one with another --id does"
+        )
+    if order.comment != known.comment:
+        say(f'its comment stays "{clean(known.comment)}"')
+
+
+def _tell_hold(revocation: Revocation, plan: RevocationPlan) -> None:
+    """What the hold does, and what lifting it will do."""
+    if not revocation.hold:
+        return
+    held = len(revocation.held_entry_ids)
+    lifting = ["issues again"] if plan.holds else []
+    if revocation.reason.value == _LIFTABLE:
+        lifting.append("makes valid again what was revoked")
+    began = f"{text.count(held, 'entry is', 'entries are')} held; " if held else ""
+    say(f"{began}idb hold lift {revocation.hold} {' and '.join(lifting)}")
 
 
 def _follow(

@@ -22,6 +22,7 @@ from identity_ca.spiffe_id import SpiffeId
 
 MAX_NAME = 64
 MAX_SUBJECT_BYTES = 2048
+LIFTED_BY_TIME = "time"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

@@ -17,7 +17,7 @@ from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import RevocationReason
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.paging import MAX_PAGE_SIZE, Page
-from identity_broker.domain.revocation import Hold
+from identity_broker.domain.revocation import LIFTED_BY_TIME, Hold
 from identity_broker.domain.selection import Selection
 from identity_broker.errors import HoldNotFound
 from identity_broker.lifecycle.directory import Directory
@@ -28,7 +28,6 @@ from identity_broker.telemetry.logs import get_logger
 _log = get_logger("holds")
 
 MOST_NAMED: Final = 100
-_BY_TIME: Final = "time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ class Holds:
         now = self._clock.now()
         for hold in await self._store.read(lambda repos: repos.holds.due(now)):
             try:
-                await self._lift(hold.name, _BY_TIME)
+                await self._lift(hold.name, LIFTED_BY_TIME)
             except HoldNotFound:
                 continue
             _log.info("hold is over", hold=hold.name)

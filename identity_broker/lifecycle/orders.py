@@ -5,12 +5,15 @@
 - Every transaction reads the order again: two brokers may finish the same one, and the later finds
   nothing left to do.
 - What is issued after its hold was lifted is not the order's any more.
+- A repeat asks for what the order is: the same subject, reason and hold, while that lasts. Anything
+  else under its id is refused, for it would look done.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -22,6 +25,7 @@ from identity_broker.domain.credential import Revocation, RevocationReason
 from identity_broker.domain.entry import MAX_JWT_TTL
 from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.revocation import (
+    LIFTED_BY_TIME,
     BlockedKey,
     Hold,
     IdentityEpoch,
@@ -97,7 +101,8 @@ class Orders:
         Raises:
             SubjectNotFound: nothing is known of the subject.
             SubjectInvalid: a name, the comment or the hold.
-            HoldExists, RevocationExists: the name is another's.
+            HoldExists: the name is another's.
+            RevocationExists: the id is another's, or the hold that came with it is over.
             StoreUnavailable: it may or may not be durable.
         """
         now = self._clock.now()
@@ -108,7 +113,7 @@ class Orders:
         def look(repos: Repositories) -> RevocationOrder:
             known = repos.orders.find(order.id)
             if known is not None:
-                return _same(known, request.subject)
+                return _same(repos, known, order, hold, now)
             if also is not None:
                 # Whoever does more than revoking knows what it is about.
                 count = repos.credentials.count(selection, now)
@@ -119,7 +124,7 @@ class Orders:
         def write(repos: Repositories) -> Step:
             known = repos.orders.find(order.id)
             if known is not None:
-                return Step(_same(known, request.subject), repeated=True)
+                return Step(_same(repos, known, order, hold, now), repeated=True)
             if also is not None:
                 also(repos)
             draws_a_line = request.subject.kind in _FOR_GOOD or (
@@ -260,10 +265,76 @@ def _hold_of(request: OrderRequest, order: RevocationOrder, selection: Selection
     )
 
 
-def _same(known: RevocationOrder, subject: RevocationSubject) -> RevocationOrder:
-    if known.subject != subject:
-        raise RevocationExists(f'the revocation "{known.id}" is of {known.subject}')
+def _same(
+    repos: Repositories,
+    known: RevocationOrder,
+    asked: RevocationOrder,
+    hold: Hold | None,
+    now: datetime,
+) -> RevocationOrder:
+    """The known order, if it is what is asked for.
+
+    Raises:
+        RevocationExists: it is another one, or its hold is over.
+    """
+    if _is_other_time(known.subject, asked.subject):
+        again = shlex.quote(known.subject.value)
+        raise RevocationExists(
+            f'the revocation "{known.id}" has other times: one like 2h is another whenever it is '
+            "typed",
+            hint=f"repeat it with --select {again}; another --id is another revocation",
+        )
+    its_hold = next(iter(repos.holds.get_many([known.hold])), None)
+    if differs := list(_differences(known, its_hold, asked, hold)):
+        raise RevocationExists(
+            f'the revocation "{known.id}" {", ".join(differs)}',
+            hint=f"idb revoke status {known.id}; another --id is another revocation",
+        )
+    if known.hold and (its_hold is None or not its_hold.lasts(now)):
+        was_lifted = its_hold is not None and its_hold.lifted_by not in ("", LIFTED_BY_TIME)
+        over = "was lifted" if was_lifted else "has ended"
+        raise RevocationExists(
+            f'the hold of the revocation "{known.id}" {over}: this is another incident',
+            hint=f"choose another --id; idb revoke status {known.id} is about the first",
+        )
     return known
+
+
+def _is_other_time(known: RevocationSubject, asked: RevocationSubject) -> bool:
+    """Whether two expressions differ by their times alone."""
+    if known == asked or {known.kind, asked.kind} != {SubjectKind.SELECT}:
+        return False
+    one, other = Selection.of(known), Selection.of(asked)
+    if (one.issued_after is None) != (other.issued_after is None):
+        return False
+    if (one.issued_before is None) != (other.issued_before is None):
+        return False
+    at_its_times = replace(one, issued_after=other.issued_after, issued_before=other.issued_before)
+    return at_its_times == other
+
+
+def _differences(
+    known: RevocationOrder, its_hold: Hold | None, asked: RevocationOrder, hold: Hold | None
+) -> Iterator[str]:
+    """What a known order is and the one that is asked for is not."""
+    is_other = known.subject != asked.subject
+    if is_other:
+        yield f"is of {known.subject}"
+    if known.reason is not asked.reason:
+        yield f"is for {_spelled(known.reason)}"
+    if is_other:
+        return  # a hold is of its subject
+    if known.hold != (hold.name if hold is not None else ""):
+        yield f'has the hold "{known.hold}"' if known.hold else "has no hold"
+    # "8h" is another time whenever it is typed.
+    elif its_hold and hold and (its_hold.until is None) != (hold.until is None):
+        ends = f"ends at {its_hold.until.isoformat()}" if its_hold.until else "has no end"
+        yield f"has a hold that {ends}"
+
+
+def _spelled(reason: RevocationReason) -> str:
+    """A reason as it is typed: key-compromise."""
+    return reason.name.lower().replace("_", "-")
 
 
 # --- parts of a transaction -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from identity_broker.domain.revocation import LedgerCount, RevocationSubject, Su
 from identity_broker.domain.selection import Selection
 from identity_broker.errors import SubjectNotFound
 from identity_broker.store import Repositories, Store
+from identity_ca.spiffe_id import SpiffeId
 
 MOST_NAMED: Final = 100
 
@@ -32,6 +33,8 @@ class RevocationPlan:
             `held_entry_count`.
         holds: whether a hold comes with it unless refused.
         blocked_keys: fingerprints of keys that would be refused for ever.
+        stranded_node_ids: nodes that it does not ban, whose own SVID would be revoked, and that
+            cannot attest again by themselves; at most 100 of `stranded_node_count`.
     """
 
     subject: RevocationSubject
@@ -40,6 +43,8 @@ class RevocationPlan:
     held_entry_count: int
     holds: bool
     blocked_keys: tuple[str, ...]
+    stranded_node_ids: tuple[SpiffeId, ...] = ()
+    stranded_node_count: int = 0
 
 
 class Plans:
@@ -61,6 +66,10 @@ class Plans:
         holds = stops_issuance(selection)
 
         def read(repos: Repositories) -> RevocationPlan:
+            stranded: tuple[SpiffeId, ...] = ()
+            number = 0
+            if selection.node is None:
+                stranded, number = repos.nodes.stranded_by(selection, now, MOST_NAMED)
             return RevocationPlan(
                 subject=subject,
                 count=survey(repos, subject, selection, now),
@@ -68,6 +77,8 @@ class Plans:
                 held_entry_count=repos.entries.count_covered(selection) if holds else 0,
                 holds=holds,
                 blocked_keys=_keys_of(subject),
+                stranded_node_ids=stranded,
+                stranded_node_count=number,
             )
 
         return await self._store.read(read)

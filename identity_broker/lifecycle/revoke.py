@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
@@ -63,11 +63,13 @@ class Ordered:
     Attributes:
         revocations: what this call revoked; at most 1,000 of them.
         held_entry_ids: entries its hold holds; at most 1,000.
+        repeated: it was ordered before, and not by this call.
     """
 
     order: RevocationOrder
     revocations: tuple[Revocation, ...]
     held_entry_ids: tuple[str, ...]
+    repeated: bool = False
 
 
 @dataclass(slots=True)
@@ -150,14 +152,16 @@ class Revoke:
         """
         opening = self._spawn(self._opened(request, caller, also))
         # What was begun outlives its caller, and its caller's patience.
-        order, work = await asyncio.shield(opening)
+        order, repeated, work = await asyncio.shield(opening)
         if work is not None:
             done, _ = await asyncio.wait({work.task}, timeout=_PATIENCE_SECONDS)
             for task in done:
                 task.result()
-            return await self._as_it_is(order.id, tuple(work.revocations))
-        await self._directory.sync()
-        return await self._as_it_is(order.id, ())
+            found = await self._as_it_is(order.id, tuple(work.revocations))
+        else:
+            await self._directory.sync()
+            found = await self._as_it_is(order.id, ())
+        return replace(found, repeated=repeated)
 
     async def get(self, order_id: str) -> Ordered:
         """Return an order as it is now.
@@ -229,18 +233,18 @@ class Revoke:
 
     async def _opened(
         self, request: OrderRequest, caller: Caller, also: Also | None
-    ) -> tuple[RevocationOrder, _Work | None]:
-        """Make the order durable; its work, if this call is the one to wait for it."""
+    ) -> tuple[RevocationOrder, bool, _Work | None]:
+        """Make the order durable, or find it; its work, if this call is one to wait for it."""
         step = await self._orders.open(request, caller, also)
         order = step.order
         if order.state is OrderState.RUNNING:
-            return order, self._begin(step)
+            return order, step.repeated, self._begin(step)
         if step.repeated:
-            return order, None
+            return order, True, None
         self._tell(order)
         work = _Work.of(self._spawn(self._directory.sync()))
         work.took(step)
-        return order, work
+        return order, False, work
 
     def _begin(self, step: Step) -> _Work:
         order_id = step.order.id

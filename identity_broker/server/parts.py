@@ -21,6 +21,7 @@ from identity_broker.domain.selector_syntax import SelectorSyntax
 from identity_broker.errors import ConfigError
 from identity_broker.lifecycle.attest import Attest
 from identity_broker.lifecycle.authorize import Authorize, Gate, TtlPolicy
+from identity_broker.lifecycle.concerned import ConcernedNodes
 from identity_broker.lifecycle.crl.lists import GATHER, RevocationLists
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.feed import RevocationFeed
@@ -181,7 +182,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
     revoke = Revoke(store, directory, clock, issue.settled, revoke_authority=revoke_authority)
     resources.push_async_callback(revoke.close)
 
-    verifiers, feed, propagation = _verifiers(directory, clock, metrics)
+    verifiers, feed, propagation = _verifiers(directory, store, clock, metrics)
     statements = Statements(
         store=store,
         signing=signing,
@@ -243,7 +244,7 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
             directory,
             SelectorSyntax({*settings.entries.selector_types, *settings.attestors.plugins}),
         ),
-        NodeService(nodes),
+        NodeService(nodes, directory.is_revoked),
         BundleService(signing, trust.listen),
         CredentialService(store),
         RevocationService(revoke, propagation, roster, trust_domain, clock),
@@ -308,7 +309,7 @@ async def _opened_store(
 
 
 def _verifiers(
-    directory: Directory, clock: Clock, metrics: Metrics
+    directory: Directory, store: Store, clock: Clock, metrics: Metrics
 ) -> tuple[Verifiers, RevocationFeed, Propagation]:
     """Who is told of revocations, by what, and who has heard."""
 
@@ -322,6 +323,7 @@ def _verifiers(
         directory,
         clock,
         needed=feed.needed,
+        nodes_of=ConcernedNodes(store, clock).of,
         on_acknowledged=metrics.revocation_propagation_seconds.observe,
         on_outcome=lambda outcome: metrics.revocation_acknowledgements_total.labels(
             outcome.value

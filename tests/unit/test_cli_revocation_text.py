@@ -42,6 +42,8 @@ PLAN = RevocationPlan(
     callers=(),
     holds=True,
     blocked_keys=(),
+    stranded_node_ids=(),
+    stranded_node_count=0,
 )
 REVOCATION = Revocation(
     id="rev-1",
@@ -109,6 +111,31 @@ def test_a_plan_without_a_hold_says_that_issuance_goes_on() -> None:
     assert said["future credentials"].startswith("issued as before")
 
 
+def test_a_hold_that_stops_nothing_is_not_said_to_stop_issuance() -> None:
+    said = lines(text.plan_facts(replace(PLAN, holds=False), hold=True))
+    assert said["future credentials"].startswith("issued as before: its hold only makes valid")
+
+
+def test_another_authority_signs_what_is_issued_next() -> None:
+    plan = replace(PLAN, subject=Subject(SubjectKind.AUTHORITY, "a1"), holds=False)
+    assert lines(text.plan_facts(plan, hold=False))["future credentials"] == (
+        "another authority signs them"
+    )
+
+
+def test_nodes_that_cannot_come_back_are_named_with_what_helps() -> None:
+    ids = tuple(f"spiffe://example.org/idb/node/join_token/n{number}" for number in range(100))
+    plan = replace(PLAN, stranded_node_ids=ids, stranded_node_count=120)
+    said = text.plan_facts(plan, hold=True)
+    assert lines(said)["nodes that need a new token"] == ids[0]
+    assert "and 115 more" in said
+    told = text.joining_again(plan)
+    assert told[0] == "120 nodes cannot attest again without a new token"
+    assert told[1] == "hint: idb token generate --node n0"
+    assert told[-1] == "and 115 more: idb node list"
+    assert text.joining_again(PLAN) == []
+
+
 def test_a_plan_names_a_few_and_counts_the_rest() -> None:
     many = replace(
         PLAN,
@@ -132,13 +159,14 @@ def test_a_plan_names_a_few_and_counts_the_rest() -> None:
         (Order(reason="unspecified"), PLAN, True),
         (Order(reason="unspecified", without_hold=True), PLAN, False),
         (Order(reason="unspecified"), replace(PLAN, holds=False), False),
-        (Order(reason="certificate-hold"), replace(PLAN, holds=False), False),
+        # It is what can be lifted.
+        (Order(reason="certificate-hold"), replace(PLAN, holds=False), True),
     ],
 )
 def test_whether_the_plan_speaks_of_a_hold(
     order: Order, plan: RevocationPlan, *, stops: bool
 ) -> None:
-    assert order.stops_issuance(plan) is stops
+    assert order.has_hold(plan) is stops
 
 
 def test_who_has_heard_in_one_line() -> None:

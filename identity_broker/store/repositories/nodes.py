@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
+from identity_broker.domain.credential import CredentialState
 from identity_broker.domain.events import Topic
 from identity_broker.domain.node import Node
 from identity_broker.domain.paging import NodeFilter, Page
+from identity_broker.domain.selection import Selection
 from identity_broker.errors import NodeNotFound
-from identity_broker.store.mapping import node_from_row, node_values, to_micros
-from identity_broker.store.repositories import page_keys
+from identity_broker.store.mapping import node_from_row, node_values, spiffe_id_from, to_micros
+from identity_broker.store.repositories import page_keys, selected
 from identity_broker.store.repositories.lasting_holds import LastingHolds
 from identity_broker.store.repositories.outbox import OutboxRepository
 from identity_broker.store.steps import STEP
-from identity_broker.store.tables import nodes
+from identity_broker.store.tables import credentials, nodes
 from identity_ca.spiffe_id import SpiffeId
 
 _UPDATE = update(nodes).where(nodes.c.spiffe_id == bindparam("node_id"))
@@ -95,6 +97,35 @@ class NodeRepository:
         rows = list(self._connection.execute(query.order_by(nodes.c.spiffe_id).limit(size + 1)))
         items = [node_from_row(row) for row in rows[:size]]
         return Page(items, str(items[-1].spiffe_id) if len(rows) > size else "")
+
+    def stranded_by(
+        self, selection: Selection, now: datetime, size: int
+    ) -> tuple[tuple[SpiffeId, ...], int]:
+        """The nodes that revoking the selection would leave without an SVID and without a way back.
+
+        Their own SVID is selected and may be valid at `now`, they cannot attest again by
+        themselves, and they are not banned.
+
+        Returns:
+            The first `size` of them by SPIFFE ID, and how many there are.
+        """
+        own = (
+            select(credentials.c.id)
+            .where(
+                credentials.c.id == nodes.c.serial,
+                *selected.of_credentials(selection, self._connection.dialect),
+                credentials.c.not_after > to_micros(now),
+                credentials.c.state != CredentialState.REVOKED.value,
+            )
+            .correlate(nodes)
+            .exists()
+        )
+        lost = [nodes.c.reattestable.is_(False), nodes.c.banned.is_(False), own]
+        number = self._connection.execute(select(func.count()).select_from(nodes).where(*lost))
+        ids = self._connection.execute(
+            select(nodes.c.spiffe_id).where(*lost).order_by(nodes.c.spiffe_id).limit(size)
+        )
+        return tuple(map(spiffe_id_from, ids.scalars())), int(number.scalar_one())
 
     def all(self) -> list[Node]:
         """Every node."""

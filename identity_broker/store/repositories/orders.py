@@ -30,7 +30,10 @@ class OrderRepository:
             RevocationExists: another one has its id.
         """
         if self.find(order.id) is not None:
-            raise RevocationExists(f'there is a revocation "{order.id}" already')
+            raise RevocationExists(
+                f'there is a revocation "{order.id}" already',
+                hint=f"idb revoke status {order.id}",
+            )
         self._connection.execute(insert(revocation_orders).values(order_values(order)))
 
     def update(self, order: RevocationOrder) -> None:

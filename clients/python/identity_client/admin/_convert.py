@@ -163,6 +163,7 @@ def node_from_wire(node: node_pb2.NodeRecord) -> values.Node:
         banned=node.banned,
         ban_reason=node.ban_reason,
         reattestable=node.reattestable,
+        svid_revoked=node.svid_revoked,
     )
 
 

@@ -72,6 +72,8 @@ def plan_from_wire(message: pb.PlanRevocationResponse) -> values.RevocationPlan:
         callers=tuple(message.callers),
         holds=message.holds,
         blocked_keys=tuple(message.blocked_keys),
+        stranded_node_ids=tuple(message.stranded_node_ids),
+        stranded_node_count=message.stranded_node_count,
     )
 
 

@@ -103,6 +103,8 @@ class RevocationPlan:
         callers: services that called the subject in the last day, where `callers_known`.
         holds: whether a hold comes with it unless refused.
         blocked_keys: fingerprints of keys that would be refused for ever.
+        stranded_node_ids: nodes whose own SVID would be revoked and that cannot attest again by
+            themselves, though they are not banned by it; at most 100 of `stranded_node_count`.
     """
 
     subject: Subject
@@ -121,6 +123,8 @@ class RevocationPlan:
     callers: tuple[str, ...]
     holds: bool
     blocked_keys: tuple[str, ...]
+    stranded_node_ids: tuple[str, ...]
+    stranded_node_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,10 +160,17 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revoked:
-    """A revocation that is durable, and what this call revoked; at most 1,000 ids."""
+    """A revocation that is durable.
+
+    Attributes:
+        revoked_ids: what this call revoked; at most 1,000.
+        repeated: it was ordered before, so that this call added nothing. False where this call had
+            to ask twice: the broker cannot tell then whose the first one was.
+    """
 
     revocation: Revocation
     revoked_ids: tuple[str, ...]
+    repeated: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

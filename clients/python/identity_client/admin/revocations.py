@@ -72,14 +72,15 @@ class Revocations:
         """Revoke. Durable when it returns; tried once more if the broker did not answer.
 
         Args:
-            revocation_id: makes a repeat the same revocation; a random one when empty.
+            revocation_id: makes a repeat the same revocation, as long as its subject, reason and
+                hold are the same; a random one when empty.
             hold: how the hold that comes with it is called and when it ends.
             without_hold: stop no issuance.
 
         Raises:
             ObjectNotFound: SUBJECT_NOT_FOUND.
             RequestRejected: SUBJECT_INVALID, SPIFFE_ID_INVALID.
-            Conflict: HOLD_EXISTS, REVOCATION_EXISTS.
+            Conflict: HOLD_EXISTS; REVOCATION_EXISTS: the id is another's, or its hold is over.
             BrokerUnavailable: it is not known whether it was stored: call again with the same id.
         """
         request = pb.RevokeRequest(
@@ -90,14 +91,17 @@ class Revocations:
             hold=pb.HoldRequest(name=hold.name, until=time_to_wire(hold.until)) if hold else None,
             without_hold=without_hold,
         )
+        lost_one = False
         try:
             answer = call(self._stub.Revoke, request, self._timeout)
         except BrokerUnavailable as lost:
+            lost_one = True
             threading.Event().wait(min(lost.retry_after or _PAUSE, _MOST_PAUSE))
             answer = call(self._stub.Revoke, request, self._timeout)
         return Revoked(
             revocation=convert.revocation_from_wire(answer.revocation),
             revoked_ids=tuple(answer.revoked_ids),
+            repeated=answer.repeated and not lost_one,
         )
 
     def get(self, revocation_id: str, *, wait: timedelta = timedelta()) -> RevocationStatus:

@@ -157,7 +157,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """An attested node."""
+    """An attested node; `svid_revoked`: it is refused until it has attested again."""
 
     spiffe_id: str
     attestor: str
@@ -168,6 +168,7 @@ class Node:
     banned: bool
     ban_reason: str
     reattestable: bool
+    svid_revoked: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

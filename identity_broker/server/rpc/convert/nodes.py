@@ -16,8 +16,8 @@ from identity_broker.server.rpc.convert.entries import to_selector
 from identity_broker.server.rpc.convert.scalars import from_text, to_epoch
 
 
-def to_node(node: Node) -> node_pb2.NodeRecord:
-    """A node's message."""
+def to_node(node: Node, *, is_revoked: bool) -> node_pb2.NodeRecord:
+    """A node's message; `is_revoked`: its SVID is."""
     return node_pb2.NodeRecord(
         spiffe_id=str(node.spiffe_id),
         attestor=node.attestor,
@@ -28,6 +28,7 @@ def to_node(node: Node) -> node_pb2.NodeRecord:
         banned=node.banned,
         ban_reason=node.ban_reason,
         reattestable=node.reattestable,
+        svid_revoked=is_revoked,
     )
 
 

@@ -17,7 +17,7 @@ from identity_broker.domain.revocation import (
 from identity_broker.domain.selection import subject
 from identity_broker.errors import MalformedRequest
 from identity_broker.lifecycle.plan import RevocationPlan
-from identity_broker.lifecycle.propagation import PropagationReport, VerifierState
+from identity_broker.lifecycle.propagation_report import PropagationReport, VerifierState
 from identity_broker.lifecycle.revoke import OrderRequest
 from identity_broker.server.rpc.convert.credentials import from_reason, to_reason
 from identity_broker.server.rpc.convert.scalars import (
@@ -54,6 +54,7 @@ _VERIFIER_STATES = {
     VerifierState.ACKNOWLEDGED: pb.VERIFIER_STATE_ACKNOWLEDGED,
     VerifierState.SILENT: pb.VERIFIER_STATE_SILENT,
     VerifierState.GONE: pb.VERIFIER_STATE_GONE,
+    VerifierState.AWAY: pb.VERIFIER_STATE_AWAY,
 }
 
 
@@ -138,6 +139,8 @@ def to_plan(
         connected_verifiers=connected_verifiers,
         holds=plan.holds,
         blocked_keys=plan.blocked_keys,
+        stranded_node_ids=map(str, plan.stranded_node_ids),
+        stranded_node_count=plan.stranded_node_count,
     )
 
 
@@ -183,6 +186,7 @@ def to_propagation(report: PropagationReport) -> pb.Propagation:
         p50_ms=report.p50_ms,
         p99_ms=report.p99_ms,
         within_objective_permille=report.within_objective_permille,
+        away=report.away,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from identity_api.broker.v1 import node_pb2 as pb
+from identity_broker.domain.node import Node
 from identity_broker.registry.nodes import Nodes
 from identity_broker.server.rpc.call import Call
 from identity_broker.server.rpc.convert import nodes as convert_node
@@ -15,8 +16,9 @@ from identity_broker.server.rpc.pipeline import ServiceFunction
 class NodeService:
     """Listing, banning, evicting and inviting nodes."""
 
-    def __init__(self, nodes: Nodes) -> None:
+    def __init__(self, nodes: Nodes, is_revoked: Callable[[str], bool]) -> None:
         self._nodes = nodes
+        self._is_revoked = is_revoked
 
     def functions(self) -> Mapping[str, ServiceFunction]:
         """Full method name to service function."""
@@ -38,14 +40,14 @@ class NodeService:
             scalars.from_page_size(request.page_size),
         )
         return pb.ListNodesResponse(
-            nodes=[convert_node.to_node(node) for node in page.items],
+            nodes=[self._record(node) for node in page.items],
             next_page_token=scalars.to_page_token(page.next_key, scope),
         )
 
     async def get(self, request: pb.GetNodeRequest, _call: Call) -> pb.GetNodeResponse:
         """Return one node."""
         node = await self._nodes.get(scalars.from_spiffe_id(request.spiffe_id, "spiffe_id"))
-        return pb.GetNodeResponse(node=convert_node.to_node(node))
+        return pb.GetNodeResponse(node=self._record(node))
 
     async def ban(self, request: pb.BanNodeRequest, call: Call) -> pb.BanNodeResponse:
         """Refuse a node from now on."""
@@ -54,7 +56,7 @@ class NodeService:
             scalars.from_text(request.reason, "reason"),
             call.caller,
         )
-        return pb.BanNodeResponse(node=convert_node.to_node(node), revoked=revoked)
+        return pb.BanNodeResponse(node=self._record(node), revoked=revoked)
 
     async def evict(self, request: pb.EvictNodeRequest, call: Call) -> pb.EvictNodeResponse:
         """Forget a node."""
@@ -77,3 +79,6 @@ class NodeService:
             expires_at=scalars.to_epoch(token.expires_at),
             node_id=str(token.node_id),
         )
+
+    def _record(self, node: Node) -> pb.NodeRecord:
+        return convert_node.to_node(node, is_revoked=self._is_revoked(node.serial))

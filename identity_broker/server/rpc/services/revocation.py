@@ -61,6 +61,7 @@ class RevocationService:
         return pb.RevokeResponse(
             revocation=convert.to_record(ordered.order, ordered.held_entry_ids),
             revoked_ids=[one.id for one in ordered.revocations[: convert.MOST_REVOKED_IDS]],
+            repeated=ordered.repeated,
         )
 
     async def get(self, request: pb.GetRevocationRequest, _call: Call) -> pb.GetRevocationResponse:
@@ -72,7 +73,7 @@ class RevocationService:
             ordered = await self._revoke.get(wanted)
         return pb.GetRevocationResponse(
             revocation=convert.to_record(ordered.order, ordered.held_entry_ids),
-            propagation=convert.to_propagation(self._propagation.report(ordered.order)),
+            propagation=convert.to_propagation(await self._propagation.report(ordered.order)),
             statement=ordered.order.statement,
         )
 

@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from identity_api.broker.v1 import types_pb2 as identity__api_dot_broker_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!identity_api/broker/v1/node.proto\x12\x16identity_api.broker.v1\x1a\"identity_api/broker/v1/types.proto\"\xd9\x01\n\nNodeRecord\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x10\n\x08\x61ttestor\x18\x02 \x01(\t\x12\x33\n\tselectors\x18\x03 \x03(\x0b\x32 .identity_api.broker.v1.Selector\x12\x13\n\x0b\x61ttested_at\x18\x04 \x01(\x03\x12\x0e\n\x06serial\x18\x05 \x01(\t\x12\x12\n\nexpires_at\x18\x06 \x01(\x03\x12\x0e\n\x06\x62\x61nned\x18\x07 \x01(\x08\x12\x12\n\nban_reason\x18\x08 \x01(\t\x12\x14\n\x0creattestable\x18\t \x01(\x08\"\x81\x01\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x61ttestor\x18\x03 \x01(\t\x12\x34\n\x06\x62\x61nned\x18\x04 \x01(\x0e\x32$.identity_api.broker.v1.BannedFilter\"_\n\x11ListNodesResponse\x12\x31\n\x05nodes\x18\x01 \x03(\x0b\x32\".identity_api.broker.v1.NodeRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x0eGetNodeRequest\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\"C\n\x0fGetNodeResponse\x12\x30\n\x04node\x18\x01 \x01(\x0b\x32\".identity_api.broker.v1.NodeRecord\"3\n\x0e\x42\x61nNodeRequest\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"T\n\x0f\x42\x61nNodeResponse\x12\x30\n\x04node\x18\x01 \x01(\x0b\x32\".identity_api.broker.v1.NodeRecord\x12\x0f\n\x07revoked\x18\x02 \x01(\x05\"%\n\x10\x45victNodeRequest\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\"$\n\x11\x45victNodeResponse\x12\x0f\n\x07revoked\x18\x01 \x01(\x05\"@\n\x16\x43reateJoinTokenRequest\x12\x13\n\x0bttl_seconds\x18\x01 \x01(\x05\x12\x11\n\tnode_name\x18\x02 \x01(\t\"M\n\x17\x43reateJoinTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x03\x12\x0f\n\x07node_id\x18\x03 \x01(\t*e\n\x0c\x42\x61nnedFilter\x12\x1d\n\x19\x42\x41NNED_FILTER_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41NNED_FILTER_BANNED\x10\x01\x12\x1c\n\x18\x42\x41NNED_FILTER_NOT_BANNED\x10\x02\x32\xe5\x03\n\x04Node\x12[\n\x04List\x12(.identity_api.broker.v1.ListNodesRequest\x1a).identity_api.broker.v1.ListNodesResponse\x12V\n\x03Get\x12&.identity_api.broker.v1.GetNodeRequest\x1a\'.identity_api.broker.v1.GetNodeResponse\x12V\n\x03\x42\x61n\x12&.identity_api.broker.v1.BanNodeRequest\x1a\'.identity_api.broker.v1.BanNodeResponse\x12\\\n\x05\x45vict\x12(.identity_api.broker.v1.EvictNodeRequest\x1a).identity_api.broker.v1.EvictNodeResponse\x12r\n\x0f\x43reateJoinToken\x12..identity_api.broker.v1.CreateJoinTokenRequest\x1a/.identity_api.broker.v1.CreateJoinTokenResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!identity_api/broker/v1/node.proto\x12\x16identity_api.broker.v1\x1a\"identity_api/broker/v1/types.proto\"\xef\x01\n\nNodeRecord\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x10\n\x08\x61ttestor\x18\x02 \x01(\t\x12\x33\n\tselectors\x18\x03 \x03(\x0b\x32 .identity_api.broker.v1.Selector\x12\x13\n\x0b\x61ttested_at\x18\x04 \x01(\x03\x12\x0e\n\x06serial\x18\x05 \x01(\t\x12\x12\n\nexpires_at\x18\x06 \x01(\x03\x12\x0e\n\x06\x62\x61nned\x18\x07 \x01(\x08\x12\x12\n\nban_reason\x18\x08 \x01(\t\x12\x14\n\x0creattestable\x18\t \x01(\x08\x12\x14\n\x0csvid_revoked\x18\n \x01(\x08\"\x81\x01\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x61ttestor\x18\x03 \x01(\t\x12\x34\n\x06\x62\x61nned\x18\x04 \x01(\x0e\x32$.identity_api.broker.v1.BannedFilter\"_\n\x11ListNodesResponse\x12\x31\n\x05nodes\x18\x01 \x03(\x0b\x32\".identity_api.broker.v1.NodeRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x0eGetNodeRequest\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\"C\n\x0fGetNodeResponse\x12\x30\n\x04node\x18\x01 \x01(\x0b\x32\".identity_api.broker.v1.NodeRecord\"3\n\x0e\x42\x61nNodeRequest\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"T\n\x0f\x42\x61nNodeResponse\x12\x30\n\x04node\x18\x01 \x01(\x0b\x32\".identity_api.broker.v1.NodeRecord\x12\x0f\n\x07revoked\x18\x02 \x01(\x05\"%\n\x10\x45victNodeRequest\x12\x11\n\tspiffe_id\x18\x01 \x01(\t\"$\n\x11\x45victNodeResponse\x12\x0f\n\x07revoked\x18\x01 \x01(\x05\"@\n\x16\x43reateJoinTokenRequest\x12\x13\n\x0bttl_seconds\x18\x01 \x01(\x05\x12\x11\n\tnode_name\x18\x02 \x01(\t\"M\n\x17\x43reateJoinTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x12\n\nexpires_at\x18\x02 \x01(\x03\x12\x0f\n\x07node_id\x18\x03 \x01(\t*e\n\x0c\x42\x61nnedFilter\x12\x1d\n\x19\x42\x41NNED_FILTER_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41NNED_FILTER_BANNED\x10\x01\x12\x1c\n\x18\x42\x41NNED_FILTER_NOT_BANNED\x10\x02\x32\xe5\x03\n\x04Node\x12[\n\x04List\x12(.identity_api.broker.v1.ListNodesRequest\x1a).identity_api.broker.v1.ListNodesResponse\x12V\n\x03Get\x12&.identity_api.broker.v1.GetNodeRequest\x1a\'.identity_api.broker.v1.GetNodeResponse\x12V\n\x03\x42\x61n\x12&.identity_api.broker.v1.BanNodeRequest\x1a\'.identity_api.broker.v1.BanNodeResponse\x12\\\n\x05\x45vict\x12(.identity_api.broker.v1.EvictNodeRequest\x1a).identity_api.broker.v1.EvictNodeResponse\x12r\n\x0f\x43reateJoinToken\x12..identity_api.broker.v1.CreateJoinTokenRequest\x1a/.identity_api.broker.v1.CreateJoinTokenResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'identity_api.broker.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BANNEDFILTER']._serialized_start=1013
-  _globals['_BANNEDFILTER']._serialized_end=1114
+  _globals['_BANNEDFILTER']._serialized_start=1035
+  _globals['_BANNEDFILTER']._serialized_end=1136
   _globals['_NODERECORD']._serialized_start=98
-  _globals['_NODERECORD']._serialized_end=315
-  _globals['_LISTNODESREQUEST']._serialized_start=318
-  _globals['_LISTNODESREQUEST']._serialized_end=447
-  _globals['_LISTNODESRESPONSE']._serialized_start=449
-  _globals['_LISTNODESRESPONSE']._serialized_end=544
-  _globals['_GETNODEREQUEST']._serialized_start=546
-  _globals['_GETNODEREQUEST']._serialized_end=581
-  _globals['_GETNODERESPONSE']._serialized_start=583
-  _globals['_GETNODERESPONSE']._serialized_end=650
-  _globals['_BANNODEREQUEST']._serialized_start=652
-  _globals['_BANNODEREQUEST']._serialized_end=703
-  _globals['_BANNODERESPONSE']._serialized_start=705
-  _globals['_BANNODERESPONSE']._serialized_end=789
-  _globals['_EVICTNODEREQUEST']._serialized_start=791
-  _globals['_EVICTNODEREQUEST']._serialized_end=828
-  _globals['_EVICTNODERESPONSE']._serialized_start=830
-  _globals['_EVICTNODERESPONSE']._serialized_end=866
-  _globals['_CREATEJOINTOKENREQUEST']._serialized_start=868
-  _globals['_CREATEJOINTOKENREQUEST']._serialized_end=932
-  _globals['_CREATEJOINTOKENRESPONSE']._serialized_start=934
-  _globals['_CREATEJOINTOKENRESPONSE']._serialized_end=1011
-  _globals['_NODE']._serialized_start=1117
-  _globals['_NODE']._serialized_end=1602
+  _globals['_NODERECORD']._serialized_end=337
+  _globals['_LISTNODESREQUEST']._serialized_start=340
+  _globals['_LISTNODESREQUEST']._serialized_end=469
+  _globals['_LISTNODESRESPONSE']._serialized_start=471
+  _globals['_LISTNODESRESPONSE']._serialized_end=566
+  _globals['_GETNODEREQUEST']._serialized_start=568
+  _globals['_GETNODEREQUEST']._serialized_end=603
+  _globals['_GETNODERESPONSE']._serialized_start=605
+  _globals['_GETNODERESPONSE']._serialized_end=672
+  _globals['_BANNODEREQUEST']._serialized_start=674
+  _globals['_BANNODEREQUEST']._serialized_end=725
+  _globals['_BANNODERESPONSE']._serialized_start=727
+  _globals['_BANNODERESPONSE']._serialized_end=811
+  _globals['_EVICTNODEREQUEST']._serialized_start=813
+  _globals['_EVICTNODEREQUEST']._serialized_end=850
+  _globals['_EVICTNODERESPONSE']._serialized_start=852
+  _globals['_EVICTNODERESPONSE']._serialized_end=888
+  _globals['_CREATEJOINTOKENREQUEST']._serialized_start=890
+  _globals['_CREATEJOINTOKENREQUEST']._serialized_end=954
+  _globals['_CREATEJOINTOKENRESPONSE']._serialized_start=956
+  _globals['_CREATEJOINTOKENRESPONSE']._serialized_end=1033
+  _globals['_NODE']._serialized_start=1139
+  _globals['_NODE']._serialized_end=1624
 # @@protoc_insertion_point(module_scope)

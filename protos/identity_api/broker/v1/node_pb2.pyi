@@ -50,6 +50,7 @@ class NodeRecord(_message.Message):
     BANNED_FIELD_NUMBER: _builtins.int
     BAN_REASON_FIELD_NUMBER: _builtins.int
     REATTESTABLE_FIELD_NUMBER: _builtins.int
+    SVID_REVOKED_FIELD_NUMBER: _builtins.int
     spiffe_id: _builtins.str
     """Required."""
     attestor: _builtins.str
@@ -66,6 +67,8 @@ class NodeRecord(_message.Message):
     """Optional."""
     reattestable: _builtins.bool
     """Required. Whether it may attest again after its SVID has expired."""
+    svid_revoked: _builtins.bool
+    """Required. Whether its newest SVID is revoked: its calls are refused until it has attested again."""
     @_builtins.property
     def selectors(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Selector]:
         """Required; may be empty."""
@@ -82,10 +85,11 @@ class NodeRecord(_message.Message):
         banned: _builtins.bool = ...,
         ban_reason: _builtins.str = ...,
         reattestable: _builtins.bool = ...,
+        svid_revoked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested_at", b"attested_at", "attestor", b"attestor", "ban_reason", b"ban_reason", "banned", b"banned", "expires_at", b"expires_at", "reattestable", b"reattestable", "selectors", b"selectors", "serial", b"serial", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested_at", b"attested_at", "attestor", b"attestor", "ban_reason", b"ban_reason", "banned", b"banned", "expires_at", b"expires_at", "reattestable", b"reattestable", "selectors", b"selectors", "serial", b"serial", "spiffe_id", b"spiffe_id", "svid_revoked", b"svid_revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
