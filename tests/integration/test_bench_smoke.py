@@ -100,3 +100,29 @@ def test_measures_the_agent(tmp_path: Path) -> None:
     for line in ("first SVID in hand", "agent: cold connect, ms", "FetchJWTSVID, cached"):
         assert line in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_measures_revocation(tmp_path: Path) -> None:
+    names = ["spread", "lists", "ocsp", "verifier"]
+    done = run_bench(
+        tmp_path / "results.json", *(f"revocation {name}" for name in names), seconds=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["revocation"]
+
+    (spread,) = found["spreads"]
+    assert spread["verifiers"] == 3
+    for name in ("refused", "first", "last"):
+        # Verifiers may be told before the command has returned, never before it was called.
+        assert 0 < spread["after_call"][name]["p50"] < 60_000
+    assert spread["after_return"]["first"]["p50"] <= spread["after_return"]["last"]["p50"]
+    assert found["whole"]["credentials"] == 600
+    short, long = found["lists"]
+    assert 0 < short["octets"] < long["octets"]
+    assert long["delta_ms"] > 0
+    assert len(found["ocsp"]["rounds"]) == 3
+    assert found["ocsp"]["verified"] >= 3
+    for line in ("returned → last verifier told", "OpenBao pki/ocsp", "check of a call"):
+        assert line in done.stdout
