@@ -490,6 +490,10 @@ class LimitSettings(Section):
     write_burst: Burst = Field(default=20_000, description="Changes at once.")
     watch_per_second: PerSecond = Field(default=5, description="Streams opened.")
     watch_burst: Burst = Field(default=50, description="Streams opened at once.")
+    follow_per_second: PerSecond = Field(
+        default=500, description="Streams of revocations opened, by all replicas of an identity."
+    )
+    follow_burst: Burst = Field(default=2_000, description="Streams of revocations at once.")
 
     def conflicts(self) -> Mapping[str, str]:
         """See `Section.conflicts`."""

@@ -354,4 +354,5 @@ def _rates(limits: LimitSettings) -> dict[RateName, Rate]:
         RateName.READ: Rate(limits.read_per_second, limits.read_burst),
         RateName.WRITE: Rate(limits.write_per_second, limits.write_burst),
         RateName.WATCH: Rate(limits.watch_per_second, limits.watch_burst),
+        RateName.FOLLOW: Rate(limits.follow_per_second, limits.follow_burst),
     }

@@ -355,6 +355,20 @@ async def test_one_identity_has_so_many_streams(
         pass
 
 
+async def test_all_replicas_of_one_identity_come_back_at_once(broker: RunningBroker) -> None:
+    admin = await broker.admin()
+    replicas = [FollowingVerifier(admin) for _ in range(300)]
+    try:
+        await asyncio.gather(*(replica.update() for replica in replicas))
+        for replica in replicas:
+            replica.call.cancel()
+        replicas = [FollowingVerifier(admin, replica.known) for replica in replicas]
+        await asyncio.gather(*(replica.update() for replica in replicas))
+    finally:
+        for replica in replicas:
+            replica.call.cancel()
+
+
 # --- who may, and what it may say -----------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ class RateName(StrEnum):
     READ = "read"
     WRITE = "write"
     WATCH = "watch"
+    FOLLOW = "follow"  # by all replicas of one identity, which come back together
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ METHODS: Final[Mapping[str, MethodRow]] = MappingProxyType(
         f"{_V1}Revocation/LiftHold": _CHANGE,
         # What verifiers follow.
         f"{_V1}RevocationFeed/Follow": MethodRow(
-            _KNOWN, None, RateName.WATCH, AuditLevel.REFUSALS, idempotent=True
+            _KNOWN, None, RateName.FOLLOW, AuditLevel.REFUSALS, idempotent=True
         ),
         # The signing authorities.
         f"{_V1}Authority/List": _READ,
