@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Final, Protocol
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -83,8 +83,14 @@ def build_app(
             Route("/bundle", show_bundle, methods=["GET"]),
             Route("/jwks", show_jwks, methods=["GET"]),
             *routes,
-        ]
+        ],
+        # Strangers that break off, or are cut off, are no bug and none of the log's business.
+        exception_handlers={ClientDisconnect: _gone},
     )
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=408, headers={"connection": "close"})
 
 
 def _published(

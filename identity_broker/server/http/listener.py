@@ -2,14 +2,17 @@
 
 - The socket is ours: port 0 works, and the bound address is known before the first request.
 - Signals are the broker's, not uvicorn's.
+- What strangers may take of it is bounded; see `connections`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
@@ -17,11 +20,14 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from identity_broker.errors import ConfigError, InvariantViolated
+from identity_broker.server.http.connections import ConnectionLimits, Connections
 from identity_broker.telemetry.logs import get_logger
 
 _log = get_logger("listener")
-_BACKLOG: Final = 128
-_CONNECTIONS: Final = 256
+_BACKLOG: Final = 1024
+_SEND_OCTETS: Final = 128 * 1024
+"""Of the kernel, for each connection: what a reader has not taken must not grow to megabytes, and
+that it takes something has to show before it has taken megabytes."""
 _IDLE_SECONDS: Final = 15
 _HEADER_BYTES: Final = 16 * 1024
 
@@ -36,11 +42,19 @@ class _Server(uvicorn.Server):
 
 
 class HttpListener:
-    """Serves an ASGI application on "host:port"; port 0 takes a free one."""
+    """Serves an ASGI application on "host:port"; port 0 takes a free one.
 
-    def __init__(self, address: str, app: ASGIApp) -> None:
+    Args:
+        limits: what connections may take; of `together`, no more than half of the file descriptors
+            that the process may open.
+    """
+
+    def __init__(
+        self, address: str, app: ASGIApp, *, limits: ConnectionLimits | None = None
+    ) -> None:
         self._wanted = address
         self._app = app
+        self._limits = limits or ConnectionLimits()
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
@@ -62,9 +76,10 @@ class HttpListener:
         if self._task is not None:
             raise InvariantViolated(detail="a listener starts once")
         self._socket = await _bound(self._wanted)
+        limits = _within_descriptors(self._limits)
         config = uvicorn.Config(
             self._app,
-            http="h11",
+            http=Connections(limits).protocol(),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -72,7 +87,8 @@ class HttpListener:
             server_header=False,
             proxy_headers=False,
             backlog=_BACKLOG,
-            limit_concurrency=_CONNECTIONS,
+            # Connections are counted by us; tasks of those that are gone may linger.
+            limit_concurrency=2 * limits.together,
             timeout_keep_alive=_IDLE_SECONDS,
             h11_max_incomplete_event_size=_HEADER_BYTES,
         )
@@ -101,6 +117,14 @@ class HttpListener:
             self._socket.close()
 
 
+def _within_descriptors(limits: ConnectionLimits) -> ConnectionLimits:
+    """Leave some to the database, to gRPC and to what the broker reads."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return limits
+    return replace(limits, together=min(limits.together, max(1, soft // 2)))
+
+
 async def _bound(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     try:
@@ -112,6 +136,7 @@ async def _bound(address: str) -> socket.socket:
         try:
             # A restart must not wait for the connections of the last run to be forgotten.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_OCTETS)
             bound.bind(where)
             bound.listen(_BACKLOG)
         except BaseException:
