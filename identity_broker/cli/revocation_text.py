@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _NAMED = 5  # of a list in a plan
 _VERIFIERS = 50  # in a table; JSON has them all
 _STATES = {"running": Style.WARN, "committed": Style.GOOD, "closed": Style.GOOD}
-_HEARD = {"acknowledged": Style.GOOD, "silent": Style.BAD, "gone": Style.DIM}
+_HEARD = {"acknowledged": Style.GOOD, "silent": Style.BAD, "away": Style.BAD, "gone": Style.DIM}
 
 
 def count(number: int, noun: str, nouns: str = "") -> str:
@@ -152,26 +152,29 @@ def revocation_facts(
 def propagation_facts(propagation: Propagation) -> list[tuple[str, str | Text]]:
     """Who has heard of it, in numbers."""
     pairs: list[tuple[str, str | Text]] = [("verifiers", summary(propagation))]
+    if propagation.away:
+        pairs.append(("away", Text(count(propagation.away, "node"), Style.BAD)))
     if propagation.gone:
         pairs.append(("gone since", count(propagation.gone, "verifier")))
-    if propagation.told:
-        permille = propagation.within_objective_permille
-        pairs.append(("within one second", f"{permille / 10:g} %"))
+    permille = propagation.within_objective_permille
+    if permille is not None:
+        pairs.append(("within one second", f"{permille / 10:g} % of those connected"))
     return pairs
 
 
 def summary(propagation: Propagation) -> str:
     """Who has heard of it, in one line."""
+    missing = f", {propagation.away:,} away" if propagation.away else ""
     if not propagation.told:
-        return "no verifier is connected; one that connects is told before anything else"
+        return f"no verifier is connected{missing}; one that connects is told before anything else"
     text = f"{propagation.acknowledged:,} of {count(propagation.told, 'verifier')} acknowledged"
     if propagation.p50_ms is not None and propagation.p99_ms is not None:
         text += f", p50 {propagation.p50_ms:,} ms, p99 {propagation.p99_ms:,} ms"
-    return text
+    return text + missing
 
 
 def verifier_table(verifiers: Sequence[Verifier], now: datetime) -> str:
-    """Every verifier, the silent ones first."""
+    """Every verifier, the silent ones first, then those that are away."""
     rows: list[Row] = [
         [
             one.name,
@@ -191,7 +194,16 @@ def verifier_table(verifiers: Sequence[Verifier], now: datetime) -> str:
 
 def silent(propagation: Propagation, most: int = _NAMED) -> list[str]:
     """The names of those that are connected and have not acknowledged; at most `most`."""
-    return [one.name for one in propagation.verifiers if one.state.value == "silent"][:most]
+    return _in_state(propagation, "silent", most)
+
+
+def away(propagation: Propagation, most: int = _NAMED) -> list[str]:
+    """The names of nodes that were not connected and have not acknowledged; at most `most`."""
+    return _in_state(propagation, "away", most)
+
+
+def _in_state(propagation: Propagation, state: str, most: int) -> list[str]:
+    return [one.name for one in propagation.verifiers if one.state.value == state][:most]
 
 
 def revocation_table(found: Sequence[Revocation], now: datetime) -> str:

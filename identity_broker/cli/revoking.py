@@ -11,6 +11,7 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -197,8 +198,17 @@ def _follow(
 
 def _tell_heard(propagation: Propagation, revocation_id: str) -> None:
     say(text.summary(propagation))
-    names = text.silent(propagation)
-    if names:
-        more = propagation.silent - len(names)
-        say(f"silent: {', '.join(map(clean, names))}{f' and {more:,} more' if more else ''}")
+    if propagation.silent:
+        say(f"silent: {_listed(text.silent(propagation), propagation.silent)}")
+    if propagation.away:
+        say(f"away: {_listed(text.away(propagation), propagation.away)}")
+        say(
+            "what was issued through a node that is away may still be held there, and be accepted "
+            "by who is not told; the node is told before anything else once it is back"
+        )
     say(f"idb revoke status {revocation_id} says who has heard, and has the signed statement")
+
+
+def _listed(names: Sequence[str], number: int) -> str:
+    more = number - len(names)
+    return f"{', '.join(map(clean, names))}{f' and {more:,} more' if more else ''}"

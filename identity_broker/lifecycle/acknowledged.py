@@ -14,12 +14,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from identity_broker.errors import BrokerError, WatchLagged
+from identity_broker.errors import (
+    BrokerError,
+    BrokerStopping,
+    CredentialRevoked,
+    NodeBanned,
+    NodeUnknown,
+    WatchLagged,
+)
 
 PATIENCE_SECONDS = 30.0
 """A message has to be acknowledged in this time."""
 WINDOW = 64
 """Messages under way at most; what comes meanwhile is joined."""
+
+_SENT_AWAY = (BrokerStopping, CredentialRevoked, NodeBanned, NodeUnknown)
 
 
 @dataclass(slots=True)
@@ -127,3 +136,11 @@ class AcknowledgedStream:
     def ended(self) -> bool:
         """Whether nothing is told any more."""
         return self._ended
+
+    @property
+    def sent_away(self) -> bool:
+        """Whether the broker ended it for what the listener is: revoked, banned or unknown by now.
+
+        Or because the broker drains; but not for what the listener failed to do.
+        """
+        return isinstance(self._refusal, _SENT_AWAY)

@@ -186,7 +186,7 @@ class RevocationFeed:
         verifier = self._followers.pop(follower, None)
         if verifier is None:
             return
-        self._verifiers.leave(verifier)
+        self._verifiers.leave(verifier, sent_away=follower.sent_away)
         self._callers[follower.caller] -= 1
         if not self._callers[follower.caller]:
             del self._callers[follower.caller]

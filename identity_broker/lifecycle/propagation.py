@@ -1,12 +1,17 @@
 """Who has heard of a revocation: those connected when it committed, and when each acknowledged it.
 
+- Whoever was not connected then and may hold what was revoked is named too, as away: the nodes
+  through which it was issued, and the node itself where one is revoked. Connected means to this
+  broker: of a node that follows another one on the same store it is not known.
 - The latency runs from the commit to the acknowledgement, both seen by this process; -1 where it
   has not seen both, as after a restart. Whoever is connected now counts as told as well.
 - Bounded: the most recent orders are kept, verifier by verifier. Of older ones the verifiers'
   positions answer: whoever stands behind an order has it.
 - Nobody has what this broker has not read yet: an order is judged once the directory reflects it.
-- Each verifier is counted once for each order: within the objective, late, or never. Whoever has
-  left is not counted: a revocation may be what ended its stream.
+- The objective is one of connected verifiers. Each is counted once for each order: within the
+  objective, late, or never; who was away is not counted. Who left without a word counts as never,
+  but for whom the broker itself sent away (revoked, banned, or the broker drains), and for who
+  follows behind an agent as the very identity that the order took away: the agent ends its stream.
 - Touched by the event loop's thread alone; costs a dictionary entry for a verifier and an order.
 """
 
@@ -15,97 +20,35 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from itertools import islice
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.revocation import RevocationOrder
+from identity_broker.domain.selection import Selection
 from identity_broker.lifecycle.directory import Directory, Update
-from identity_broker.lifecycle.verifiers import Verifier, Verifiers
+from identity_broker.lifecycle.propagation_report import (
+    OBJECTIVE,
+    UNKNOWN_MS,
+    PropagationReport,
+    VerifierStanding,
+    VerifierState,
+)
+from identity_broker.lifecycle.verifiers import Verifier, VerifierKind, Verifiers
+from identity_ca.spiffe_id import SpiffeId
 
-OBJECTIVE = timedelta(seconds=1)
-"""In this time 99 % of the connected verifiers are to have acknowledged."""
 MOST_ORDERS = 1000
 """Orders that are kept, verifier by verifier."""
 MOST_MARKS = 100_000
 """Verifiers of all kept orders together, the last order's aside."""
+MOST_AWAY = 1000
+"""Nodes of one order that are named as away."""
 
-UNKNOWN_MS = -1
 # Who commits an order says so at once; one that is older was taken over from another broker.
 _FRESH_SECONDS = 5.0
-
-
-class VerifierState(StrEnum):
-    """What became of a verifier."""
-
-    ACKNOWLEDGED = "acknowledged"
-    SILENT = "silent"  # connected, and has not
-    GONE = "gone"  # was connected at the commit, is not now, and has not
-
-
-@dataclass(frozen=True, slots=True)
-class VerifierStanding:
-    """Whether one verifier has a revocation.
-
-    Attributes:
-        acknowledged_at: when it said so; None where this process has not seen it.
-        latency_ms: from the commit; -1 where this process has not seen both.
-    """
-
-    verifier: Verifier
-    state: VerifierState
-    acknowledged_at: datetime | None = None
-    latency_ms: int = UNKNOWN_MS
-
-
-@dataclass(frozen=True, slots=True)
-class PropagationReport:
-    """Who has a revocation.
-
-    Attributes:
-        verifiers: those connected at its commit or now; the silent ones first, then who is gone.
-        acknowledged, silent, gone: how many of them.
-        p50_ms, p99_ms: of the latencies known; -1 where there is none.
-        within_objective_permille: how many were within the objective, of those whose latency is
-            known and the silent ones; 1000 where there are none.
-    """
-
-    verifiers: tuple[VerifierStanding, ...]
-    acknowledged: int
-    silent: int
-    gone: int
-    p50_ms: int
-    p99_ms: int
-    within_objective_permille: int
-
-    @property
-    def told(self) -> int:
-        """How many there are."""
-        return len(self.verifiers)
-
-    @classmethod
-    def of(cls, standings: Sequence[VerifierStanding]) -> PropagationReport:
-        """Count and order them."""
-        ordered = sorted(standings, key=lambda one: (_FIRST[one.state], one.verifier.label))
-        latencies = sorted(one.latency_ms for one in ordered if one.latency_ms >= 0)
-        counts = {state: sum(one.state is state for one in ordered) for state in VerifierState}
-        limit = OBJECTIVE // timedelta(milliseconds=1)
-        within = sum(one <= limit for one in latencies)
-        judged = len(latencies) + counts[VerifierState.SILENT]
-        return cls(
-            verifiers=tuple(ordered),
-            acknowledged=counts[VerifierState.ACKNOWLEDGED],
-            silent=counts[VerifierState.SILENT],
-            gone=counts[VerifierState.GONE],
-            p50_ms=_percentile(latencies, 50),
-            p99_ms=_percentile(latencies, 99),
-            within_objective_permille=1000 * within // judged if judged else 1000,
-        )
-
-
-_FIRST = {VerifierState.SILENT: 0, VerifierState.GONE: 1, VerifierState.ACKNOWLEDGED: 2}
 
 
 class Outcome(StrEnum):
@@ -124,6 +67,9 @@ class _Mark:
         since: when the part of the order committed that it acknowledged last, or waits for.
         latency: seconds, the most of all parts; None while it has not acknowledged one.
         before: of the parts before.
+        counted: for the objective; one that was away never is.
+        was_away: it was not connected at the commit.
+        is_excused: it left, and was sent away, or the order took away what it is.
     """
 
     since: float
@@ -131,6 +77,8 @@ class _Mark:
     before: float = 0.0
     acknowledged_at: datetime | None = None
     counted: bool = False
+    was_away: bool = False
+    is_excused: bool = False
 
 
 class _Tracked:
@@ -138,15 +86,31 @@ class _Tracked:
 
     Attributes:
         seen: whether this process saw it commit.
+        since: when its first part committed, monotonic seconds.
         waiting: who is connected and has not acknowledged it.
         over: set while nobody waits.
+        concerned: the nodes that may hold what was revoked, as of `looked_at`, a sequence.
     """
 
-    __slots__ = ("marks", "over", "seen", "sequence", "waiting")
+    __slots__ = (
+        "concerned",
+        "looked_at",
+        "marks",
+        "order",
+        "over",
+        "seen",
+        "sequence",
+        "since",
+        "waiting",
+    )
 
-    def __init__(self, sequence: int, *, seen: bool) -> None:
-        self.sequence = sequence
+    def __init__(self, order: RevocationOrder, since: float, *, seen: bool) -> None:
+        self.order = order
+        self.sequence = order.sequence
+        self.since = since
         self.seen = seen
+        self.concerned: tuple[Verifier, ...] = ()
+        self.looked_at = 0
         self.marks: dict[Verifier, _Mark] = {}
         self.waiting: set[Verifier] = set()
         self.over = asyncio.Event()
@@ -159,12 +123,17 @@ class _Tracked:
             self.over.set()
 
 
+async def _nobody(_order: RevocationOrder) -> Collection[SpiffeId]:
+    return ()
+
+
 class Propagation:
     """Follows recent revocations on their way to the verifiers.
 
     Args:
         needed: from which position on a verifier has all of a sequence; None where the directory
             does not reflect it (`RevocationFeed.needed`).
+        nodes_of: the nodes that may hold what an order revoked.
         on_acknowledged: told the seconds from a commit to each acknowledgement.
         on_outcome: told, once for each verifier of an order, how it did.
         monotonic: seconds that only grow.
@@ -177,13 +146,16 @@ class Propagation:
         clock: Clock,
         *,
         needed: Callable[[int], int | None],
+        nodes_of: Callable[[RevocationOrder], Awaitable[Collection[SpiffeId]]] = _nobody,
         on_acknowledged: Callable[[float], object] = lambda _seconds: None,
         on_outcome: Callable[[Outcome], object] = lambda _outcome: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._verifiers = verifiers
+        self._directory = directory
         self._clock = clock
         self._needed = needed
+        self._nodes_of = nodes_of
         self._on_acknowledged = on_acknowledged
         self._on_outcome = on_outcome
         self._monotonic = monotonic
@@ -214,8 +186,8 @@ class Propagation:
             tracked = None
         if tracked is None:
             age = self._age_of(order)
-            tracked = self._track(order, seen=age is not None)
             since -= age or 0.0
+            tracked = self._track(order, since, seen=age is not None)
             connected = list(self._verifiers)
         elif tracked.sequence >= order.sequence:
             return
@@ -240,21 +212,63 @@ class Propagation:
         age = (self._clock.now() - committed_at).total_seconds()
         return max(0.0, age) if age < _FRESH_SECONDS else None
 
-    def report(self, order: RevocationOrder) -> PropagationReport:
-        """Say who has the order by now."""
-        return PropagationReport.of(list(self._standings(order)))
+    async def look(self, order: RevocationOrder) -> Collection[Verifier]:
+        """Find out which nodes may hold what the order revoked; asked of the store once.
+
+        Who was not connected at the commit is followed from here on.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        if not order.sequence:
+            return ()  # not committed
+        tracked = self._orders.get(order.id)
+        if tracked is not None and tracked.looked_at >= order.sequence:
+            return tracked.concerned
+        nodes = await self._nodes_of(order)
+        concerned = tuple(Verifier(VerifierKind.AGENT, str(node)) for node in nodes)
+        tracked = self._orders.get(order.id)
+        if tracked is not None:
+            tracked.looked_at, tracked.concerned = order.sequence, concerned
+            if tracked.seen:
+                self._follow_away(order.id, tracked)
+        return concerned
+
+    def _follow_away(self, order_id: str, tracked: _Tracked) -> None:
+        now = self._monotonic()
+        before = sum(mark.was_away for mark in tracked.marks.values())
+        absent = (one for one in tracked.concerned if one not in tracked.marks)
+        for verifier in list(islice(absent, MOST_AWAY - before)):
+            tracked.marks[verifier] = _Mark(tracked.since, counted=True, was_away=True)
+            self._marks += 1
+            # It may have come, and even acknowledged it, meanwhile.
+            self._expect(order_id, tracked, verifier, tracked.since, now)
+        tracked.settle()
+        self._forget_oldest()
+
+    async def report(self, order: RevocationOrder) -> PropagationReport:
+        """Say who has the order by now.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        concerned = await self.look(order)
+        return PropagationReport.of(list(self._standings(order, concerned)))
 
     async def settled(self, order: RevocationOrder, timeout: timedelta) -> PropagationReport:
         """Wait until every verifier that is connected has the order; say who has.
 
         Returns at `timeout` in any case. An order that is still running is waited for as well.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
         """
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 await self._settle(order)
         except TimeoutError:
             pass  # said in the report
-        return self.report(order)
+        return await self.report(order)
 
     def is_settled(self, order: RevocationOrder) -> bool:
         """Whether this process saw the order commit, and waits for no verifier."""
@@ -267,12 +281,13 @@ class Propagation:
         return tracked is not None and tracked.seen
 
     def close(self, order: RevocationOrder) -> None:
-        """The order's time is over: who is silent never acknowledged it, for the objective."""
+        """The order's time is over: who is silent or gone never had it, for the objective."""
         tracked = self._orders.get(order.id)
         if tracked is None or not tracked.seen:
             return
-        for verifier in tracked.waiting:
-            self._count(tracked.marks[verifier], Outcome.NEVER)
+        for mark in tracked.marks.values():
+            if mark.latency is None and not mark.is_excused:
+                self._count(mark, Outcome.NEVER)
 
     async def _settle(self, order: RevocationOrder) -> None:
         while not order.sequence and order.id not in self._orders:
@@ -282,8 +297,8 @@ class Propagation:
             if tracked is None:
                 if waited is not None:
                     return  # forgotten: there is too much else
-                tracked = self._track(order, seen=False)
                 now = self._monotonic()
+                tracked = self._track(order, now, seen=False)
                 for verifier in self._verifiers:
                     self._expect(order.id, tracked, verifier, now, now)
                 tracked.settle()
@@ -291,8 +306,8 @@ class Propagation:
             waited = tracked
             await tracked.over.wait()
 
-    def _track(self, order: RevocationOrder, *, seen: bool) -> _Tracked:
-        tracked = self._orders[order.id] = _Tracked(order.sequence, seen=seen)
+    def _track(self, order: RevocationOrder, since: float, *, seen: bool) -> _Tracked:
+        tracked = self._orders[order.id] = _Tracked(order, since, seen=seen)
         return tracked
 
     def _on_update(self, _update: Update) -> None:
@@ -376,16 +391,34 @@ class Propagation:
         """A verifier is connected, perhaps again."""
         for order_id in self._awaited.get(verifier, ()):
             tracked = self._orders[order_id]
+            tracked.marks[verifier].is_excused = False
             tracked.waiting.add(verifier)
             tracked.settle()
         self.progressed(verifier)
 
-    def left(self, verifier: Verifier) -> None:
+    def left(self, verifier: Verifier, *, sent_away: bool) -> None:
         """A verifier is not connected any more: nobody waits for it."""
         for order_id in self._awaited.get(verifier, ()):
             tracked = self._orders[order_id]
+            tracked.marks[verifier].is_excused = sent_away or self._took_away(
+                tracked.order, verifier
+            )
             tracked.waiting.discard(verifier)
             tracked.settle()
+
+    def _took_away(self, order: RevocationOrder, verifier: Verifier) -> bool:
+        """Whether the agent ends the verifier's stream because of the order."""
+        if verifier.kind is not VerifierKind.BEHIND or not order.hold:
+            return False
+        identity = verifier.name.rpartition("/")[0]  # without the process's number
+        selection = Selection.of(order.subject)
+        entry = self._directory.entry(selection.entry_id)
+        prefix = selection.spiffe_id_prefix
+        return (
+            identity == str(selection.spiffe_id)
+            or (entry is not None and identity == str(entry.spiffe_id))
+            or (bool(prefix) and identity.startswith(prefix))
+        )
 
     def progressed(self, verifier: Verifier) -> None:
         """A verifier has acknowledged something."""
@@ -403,7 +436,9 @@ class Propagation:
 
     # --- reporting --------------------------------------------------------------------------------
 
-    def _standings(self, order: RevocationOrder) -> Iterator[VerifierStanding]:
+    def _standings(
+        self, order: RevocationOrder, concerned: Collection[Verifier]
+    ) -> Iterator[VerifierStanding]:
         tracked = self._orders.get(order.id)
         marks = {} if tracked is None else tracked.marks
         for verifier, mark in marks.items():
@@ -414,19 +449,22 @@ class Propagation:
                 has = needed is not None and self._verifiers.has(verifier, needed)
                 state = VerifierState.ACKNOWLEDGED if has else VerifierState.SILENT
                 yield VerifierStanding(verifier, state)
+        if tracked is None or not tracked.seen:
+            absent = (one for one in concerned if one not in marks and one not in self._verifiers)
+            for verifier in islice(absent, MOST_AWAY):
+                yield VerifierStanding(verifier, VerifierState.AWAY, is_judged=False)
 
     def _standing(self, verifier: Verifier, mark: _Mark, *, seen: bool) -> VerifierStanding:
+        is_judged = not (mark.was_away or mark.is_excused)
         if mark.latency is None:
-            here = verifier in self._verifiers
-            return VerifierStanding(verifier, VerifierState.SILENT if here else VerifierState.GONE)
+            state = VerifierState.AWAY if mark.was_away else VerifierState.GONE
+            if verifier in self._verifiers:
+                state = VerifierState.SILENT
+            return VerifierStanding(verifier, state, is_judged=is_judged)
         return VerifierStanding(
             verifier,
             VerifierState.ACKNOWLEDGED,
             mark.acknowledged_at if seen else None,
             math.ceil(round(mark.latency * 1000, 3)) if seen else UNKNOWN_MS,
+            is_judged,
         )
-
-
-def _percentile(ordered: Sequence[int], percent: int) -> int:
-    """The nearest rank; -1 of nothing."""
-    return ordered[math.ceil(len(ordered) * percent / 100) - 1] if ordered else UNKNOWN_MS

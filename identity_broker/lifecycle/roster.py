@@ -122,8 +122,9 @@ class Roster:
         streams.remove(stream)
         if not streams:
             del self._nodes[stream.node_id]
-            self._report(stream.node_id, {})
-            self._verifiers.leave(_agent(stream.node_id))
+            # With its agent goes whoever is behind it.
+            self._report(stream.node_id, {}, sent_away=stream.sent_away)
+            self._verifiers.leave(_agent(stream.node_id), sent_away=stream.sent_away)
             self._on_count(len(self))
 
     def report(self, stream: NodeStream, reported: Mapping[str, int]) -> None:
@@ -137,7 +138,9 @@ class Roster:
         if streams and streams[-1] is stream:
             self._report(stream.node_id, reported)
 
-    def _report(self, node_id: SpiffeId, reported: Mapping[str, int]) -> None:
+    def _report(
+        self, node_id: SpiffeId, reported: Mapping[str, int], *, sent_away: bool = False
+    ) -> None:
         behind = self._behind.setdefault(node_id, {})
         told = {
             Verifier(VerifierKind.BEHIND, name, str(node_id)): revision
@@ -145,7 +148,7 @@ class Roster:
         }
         for verifier in behind.keys() - told.keys():
             del behind[verifier]
-            self._verifiers.leave(verifier)
+            self._verifiers.leave(verifier, sent_away=sent_away)
         for verifier, revision in told.items():
             before = behind.get(verifier)
             behind[verifier] = revision

@@ -5,7 +5,7 @@
   start; what a key manager or a database that is away delays is tried again.
 - A statement is composed once: what becomes known later stands in `idb revoke status` alone.
 - Bounded: ids are named up to `MOST_IDS`, but always counted and digested; verifiers as long as
-  there is room, the silent ones first, and always counted.
+  there is room, the silent ones and those away first, and always counted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from identity_broker.domain.events import AuditEvent, AuditKind
 from identity_broker.domain.paging import MAX_PAGE_SIZE, CredentialFilter
 from identity_broker.domain.revocation import OrderState, RevocationOrder
 from identity_broker.errors import BrokerError, DependencyError
-from identity_broker.lifecycle.propagation import (
+from identity_broker.lifecycle.propagation import Propagation
+from identity_broker.lifecycle.propagation_report import (
     OBJECTIVE,
-    Propagation,
     PropagationReport,
     VerifierStanding,
     VerifierState,
@@ -134,6 +134,7 @@ class Statements:
         self._open = False
         failed: BrokerError | None = None
         for order in await self._store.read(lambda repos: repos.orders.unfinished()):
+            await self._propagation.look(order)
             if not self._is_due(order):
                 self._open = True
                 continue
@@ -167,7 +168,7 @@ class Statements:
     async def _close(self, order: RevocationOrder) -> None:
         trust_domain = self._signing.trust_domain
         held = await self._store.read(lambda repos: _held(repos, order))
-        report = self._propagation.report(order)
+        report = await self._propagation.report(order)
         payload = compose(
             order,
             RevokedIds.of(await self._revoked_ids(order.id)),
@@ -193,6 +194,7 @@ class Statements:
                     facts={
                         "told": str(report.told),
                         "acknowledged": str(report.acknowledged),
+                        "away": str(report.away),
                         "statement_sha256": hashlib.sha256(statement.encode()).hexdigest(),
                     },
                 )
@@ -273,12 +275,13 @@ def compose(
             "acknowledged": report.acknowledged,
             "silent": report.silent,
             "gone": report.gone,
+            "away": report.away,
             "p50_ms": report.p50_ms,
             "p99_ms": report.p99_ms,
             "objective_ms": OBJECTIVE // timedelta(milliseconds=1),
             "within_objective_permille": report.within_objective_permille,
             "verifiers": verifiers,
-            "verifiers_left_out": report.told - len(verifiers),
+            "verifiers_left_out": len(report.verifiers) - len(verifiers),
         },
     }
 

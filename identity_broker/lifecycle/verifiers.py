@@ -57,7 +57,7 @@ class Watcher(Protocol):
 
     def came(self, verifier: Verifier) -> None: ...
 
-    def left(self, verifier: Verifier) -> None: ...
+    def left(self, verifier: Verifier, *, sent_away: bool) -> None: ...
 
     def progressed(self, verifier: Verifier) -> None: ...
 
@@ -134,8 +134,13 @@ class Verifiers:
         taken.add(place)
         return verifier
 
-    def leave(self, verifier: Verifier) -> None:
-        """It is not connected any more. Twice is once."""
+    def leave(self, verifier: Verifier, *, sent_away: bool = False) -> None:
+        """It is not connected any more. Twice is once.
+
+        Args:
+            sent_away: the broker ended its stream, because it is revoked or banned or the broker
+                drains (`AcknowledgedStream.sent_away`).
+        """
         if self._here.pop(verifier, None) is None:
             return
         self._counted(verifier.kind, -1)
@@ -145,7 +150,7 @@ class Verifiers:
             if not taken:
                 del self._places[verifier.name]
         for watcher in self._watchers:
-            watcher.left(verifier)
+            watcher.left(verifier, sent_away=sent_away)
 
     def progressed(self, verifier: Verifier) -> None:
         """It has acknowledged something; one that is not here is not heard."""

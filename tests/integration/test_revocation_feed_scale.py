@@ -124,9 +124,9 @@ async def test_all_who_come_back_share_what_they_missed(parts: Parts, audience: 
     report = await audience.propagation.settled(order, LONG)
     assert report.acknowledged == 0  # nobody was connected when it committed
     async with asyncio.timeout(30):
-        while audience.propagation.report(order).acknowledged < VERIFIERS:
+        while (await audience.propagation.report(order)).acknowledged < VERIFIERS:
             await asyncio.sleep(0.01)
-    assert {one.latency_ms for one in audience.propagation.report(order).verifiers} == {-1}
+    assert {one.latency_ms for one in (await audience.propagation.report(order)).verifiers} == {-1}
     assert audience.bodies.serialized == 1
     assert [one.id for one in audience.told[0].revocations] == [svids[1].serial]
 

@@ -20,8 +20,8 @@ from identity_broker.domain.selection import subject
 from identity_broker.errors import SigningBackendUnavailable, StoreUnavailable
 from identity_broker.lifecycle import statement as module
 from identity_broker.lifecycle.feed import RevocationFeed
-from identity_broker.lifecycle.propagation import (
-    Propagation,
+from identity_broker.lifecycle.propagation import Propagation
+from identity_broker.lifecycle.propagation_report import (
     PropagationReport,
     VerifierStanding,
     VerifierState,

@@ -31,7 +31,8 @@ from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.feed import RevocationFeed
 from identity_broker.lifecycle.followers import HEARTBEAT_SECONDS, Follower, Hello
 from identity_broker.lifecycle.journal import Journal
-from identity_broker.lifecycle.propagation import Propagation, VerifierState
+from identity_broker.lifecycle.propagation import Propagation
+from identity_broker.lifecycle.propagation_report import VerifierState
 from identity_broker.lifecycle.verifiers import Verifiers
 from identity_broker.server.rpc.convert import revocation_feed as convert
 from identity_broker.store import Repositories, Store
@@ -183,7 +184,7 @@ class World:
     async def look(self) -> None:
         await self.directory.sync()
         await asyncio.sleep(0)
-        self.nobody_is_said_to_have_what_he_has_not()
+        await self.nobody_is_said_to_have_what_he_has_not()
 
     async def pass_time(self) -> None:
         self.time += HEARTBEAT_SECONDS
@@ -233,7 +234,7 @@ class World:
         for _ in range(count):
             if client.follower is not None and client.to_acknowledge:
                 self.feed.acknowledged(client.follower, client.to_acknowledge.pop(0))
-        self.nobody_is_said_to_have_what_he_has_not()
+        await self.nobody_is_said_to_have_what_he_has_not()
 
     async def leave(self, name: str) -> None:
         client = self.clients[name]
@@ -242,9 +243,9 @@ class World:
             client.follower = None
             client.to_acknowledge.clear()
 
-    def nobody_is_said_to_have_what_he_has_not(self) -> None:
+    async def nobody_is_said_to_have_what_he_has_not(self) -> None:
         for serial, order in self.orders.items():
-            for standing in self.propagation.report(order).verifiers:
+            for standing in (await self.propagation.report(order)).verifiers:
                 if standing.state is VerifierState.ACKNOWLEDGED:
                     name = standing.verifier.name.rpartition("/")[2]
                     assert serial in self.clients[name].denied
@@ -265,7 +266,7 @@ class World:
             assert client.denied == denied
             assert client.epochs == epochs
         for order in self.orders.values():
-            report = self.propagation.report(order)
+            report = await self.propagation.report(order)
             assert report.acknowledged == len(NAMES), report
             assert not report.silent
 

@@ -76,6 +76,7 @@ HEARD = Propagation(
     acknowledged=4,
     silent=1,
     gone=0,
+    away=0,
     p50_ms=4,
     p99_ms=1234,
     within_objective_permille=999,
@@ -173,7 +174,30 @@ def test_who_has_heard_in_one_line() -> None:
     assert text.summary(HEARD) == "4 of 5 verifiers acknowledged, p50 4 ms, p99 1,234 ms"
     nobody = replace(HEARD, told=0, acknowledged=0, silent=0, p50_ms=None, p99_ms=None)
     assert text.summary(nobody).startswith("no verifier is connected")
-    assert dict(text.propagation_facts(HEARD))["within one second"] == "99.9 %"
+    assert dict(text.propagation_facts(HEARD))["within one second"] == "99.9 % of those connected"
+
+
+def test_who_is_away_is_counted_named_and_speaks_for_nothing() -> None:
+    node = "spiffe://example.org/idb/node/a/b"
+    gone_home = replace(
+        VERIFIER,
+        name=node,
+        kind="agent",
+        state=VerifierState.AWAY,
+        acknowledged_at=None,
+        latency_ms=None,
+    )
+    heard = replace(HEARD, verifiers=(gone_home, VERIFIER), away=1)
+    assert text.summary(heard).endswith("p99 1,234 ms, 1 away")
+    assert getattr(dict(text.propagation_facts(heard))["away"], "text", "") == "1 node"
+    assert text.away(heard) == [node]
+    assert text.silent(heard) == []
+    assert "away" in text.verifier_table(heard.verifiers, NOW)
+    alone = replace(
+        heard, told=0, acknowledged=0, silent=0, p50_ms=None, within_objective_permille=None
+    )
+    assert text.summary(alone).startswith("no verifier is connected, 1 away;")
+    assert "within one second" not in dict(text.propagation_facts(alone))
 
 
 def test_what_a_verifier_calls_itself_cannot_steer_the_terminal() -> None:

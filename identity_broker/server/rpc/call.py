@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from identity_broker.domain.caller import Caller
+from identity_broker.errors import BrokerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class Call:
     soon after; what waits for its caller to answer ends itself.
 
     `checks` is for a stream to add to: the pipeline calls them every second, also while the stream
-    is stuck in sending, and ends it with what one of them raises.
+    is stuck in sending, and ends it with what one of them raises. `endings` are told when it ends
+    the stream for who the caller is by now.
     """
 
     method: str
@@ -29,3 +31,4 @@ class Call:
     correlation_id: str
     stopping: asyncio.Event
     checks: list[Callable[[], object]] = field(default_factory=list)
+    endings: list[Callable[[BrokerError], object]] = field(default_factory=list)

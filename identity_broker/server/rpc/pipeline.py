@@ -445,7 +445,12 @@ class _Wrapper:
     def _recheck(
         self, credential: PeerCertificate | LocalPeer | None, peer: str, call: Call
     ) -> None:
-        self._authorized(self._authenticated(credential, peer))
+        try:
+            self._authorized(self._authenticated(credential, peer))
+        except BrokerError as refusal:
+            for ended in call.endings:
+                ended(refusal)
+            raise
         for check in call.checks:
             check()
 

@@ -107,9 +107,12 @@ def propagation_from_wire(message: pb.Propagation) -> values.Propagation:
         acknowledged=message.acknowledged,
         silent=message.silent,
         gone=message.gone,
+        away=message.away,
         p50_ms=message.p50_ms if measured else None,
         p99_ms=message.p99_ms if measured else None,
-        within_objective_permille=message.within_objective_permille,
+        within_objective_permille=message.within_objective_permille
+        if message.within_objective_permille >= 0
+        else None,
     )
 
 

@@ -42,12 +42,17 @@ class RevocationState(StrEnum):
 
 
 class VerifierState(StrEnum):
-    """What is known of a verifier: it has the revocation, it is connected and has not, it left."""
+    """What is known of a verifier.
+
+    It has the revocation; it is connected and has not; it left; or it is a node that was away when
+    the revocation was committed, and may still hold what was revoked.
+    """
 
     UNKNOWN = "unknown"
     ACKNOWLEDGED = "acknowledged"
     SILENT = "silent"
     GONE = "gone"
+    AWAY = "away"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +202,12 @@ class Propagation:
     """Who has heard of a revocation.
 
     Attributes:
-        verifiers: the silent ones first; at most 1,000.
-        told: how many were to be told, or are connected now.
+        verifiers: the silent ones first, then those away; at most 1,000.
+        told: how many were to be told, or are connected now; without those away.
+        away: nodes that were not connected at the commit and are not known to have it.
         p50_ms, p99_ms: from the commit to the acknowledgement; None where the broker saw none.
-        within_objective_permille: verifiers that had it within a second, of a thousand told.
+        within_objective_permille: verifiers that had it within a second, of a thousand connected;
+            None where the broker can judge none.
     """
 
     verifiers: tuple[Verifier, ...]
@@ -208,9 +215,10 @@ class Propagation:
     acknowledged: int
     silent: int
     gone: int
+    away: int
     p50_ms: int | None
     p99_ms: int | None
-    within_objective_permille: int
+    within_objective_permille: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,7 @@ class NodeSyncService:
             scalars.from_text(hello.version, "hello.version", _MOST_VERSION_BYTES),
         )
         call.checks.append(stream.check)
+        call.endings.append(stream.end)
         # Beside this generator, which may be stuck in sending.
         reading = asyncio.create_task(self._read(requests, stream), name="acks")
         try:

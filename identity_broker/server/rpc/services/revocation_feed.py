@@ -44,6 +44,7 @@ class RevocationFeedService:
         hello = (await greeting(requests)).hello
         follower = await self._feed.open(convert.from_hello(hello, call.caller))
         call.checks.append(follower.check)
+        call.endings.append(follower.end)
         # Beside this generator, which may be stuck in sending.
         reading = asyncio.create_task(self._read(requests, follower), name="acks")
         try:
