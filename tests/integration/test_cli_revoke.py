@@ -208,7 +208,8 @@ def test_a_forged_statement_does_not_hold(idb: Idb, issued: Issued, tmp_path: Pa
 def test_one_document_for_programs(idb: Idb, issued: Issued) -> None:
     done = idb("revoke", "--serial", issued.serial, "--yes", "-o", "json")
     assert (done.code, done.err) == (0, "")
-    assert set(done.json) == {"plan", "revocation", "propagation", "revoked_ids"}
+    assert set(done.json) == {"plan", "revocation", "propagation", "revoked_ids", "repeated"}
+    assert done.json["repeated"] is False
     assert done.json["plan"]["live_x509"] == 1
     assert done.json["plan"]["holds"] is False
     assert done.json["revoked_ids"] == [issued.serial]
@@ -511,6 +512,97 @@ def test_when_no_answer_comes_it_says_how_to_find_out(
     assert repeat.code == 0, repeat.err
     assert repeat.json["revocation"]["revoked"] == 1
     assert repeat.json["revoked_ids"] == []
+    assert repeat.json["repeated"] is True
     other = idb("revoke", "--node", issued.node, "--yes", "--id", revocation_id[1])
     assert other.code == 5
     assert "reason: REVOCATION_EXISTS" in other.err
+    assert f"idb revoke status {revocation_id[1]}" in other.err
+
+
+# --- the same again ---------------------------------------------------------------------------
+
+
+def test_a_repeat_says_that_it_is_one(idb: Idb, issued: Issued) -> None:
+    name = f"again-{issued.node}"
+    revoke = ["revoke", "--spiffe-id", issued.path, "--no-hold", "--id", name, "--yes"]
+    first = idb(*revoke, "--comment", "first")
+    assert first.code == 0, first.err
+    assert "revoked: 1 credential" in first.err
+    assert again(idb, issued).code == 0
+    second = idb(*revoke)
+    assert second.code == 0, second.err
+    assert "ordered before, " in second.err
+    assert f"{name}; nothing new was revoked by this command" in second.err
+    assert "revoked: 1 credential" not in second.err
+    assert "1 credential of the subject may still be valid" in second.err
+    assert 'its comment stays "first"' in second.err
+
+
+def test_a_repeat_of_what_was_lifted_is_refused(idb: Idb, issued: Issued) -> None:
+    name = f"lifted-{issued.node}"
+    revoke = ["revoke", "--spiffe-id", issued.path, "--id", name, "--yes"]
+    assert idb(*revoke).code == 0
+    stronger = idb(*revoke, "--reason", "key-compromise")
+    assert stronger.code == 5
+    assert f'the revocation "{name}" is for unspecified' in stronger.err
+    assert idb("hold", "lift", name, "--yes").code == 0
+    repeat = idb(*revoke)
+    assert repeat.code == 5
+    assert "was lifted: this is another incident" in repeat.err
+
+
+@pytest.mark.parametrize("option", ["--id", "--hold"])
+def test_a_bad_name_is_refused_before_the_plan(idb: Idb, issued: Issued, option: str) -> None:
+    refused = idb("revoke", "--spiffe-id", issued.path, option, "two words", "--yes")
+    assert refused.code == 2
+    assert "reason: SUBJECT_INVALID" in refused.err
+    assert "live credentials" not in refused.err
+    assert state_of(idb, issued.serial) == "issued"
+
+
+# --- what holds and strands -------------------------------------------------------------------
+
+
+def test_a_hold_on_one_certificate_is_told_as_what_it_is(idb: Idb, issued: Issued) -> None:
+    done = idb("revoke", "--serial", issued.serial, "--reason", "certificate-hold", "--yes")
+    assert done.code == 0, done.err
+    assert "issued as before: its hold only makes valid again" in done.err
+    assert "nothing is held" not in done.err
+    assert "0 entries" not in done.err
+    assert re.search(r"(?m)^idb hold lift rev-\S+ makes valid again what was revoked$", done.err)
+
+
+def test_a_node_that_cannot_attest_again_is_told_of(idb: Idb, issued: Issued) -> None:
+    node = f"spiffe://dev.example.org/idb/node/join_token/{issued.node}"
+    serial = idb("node", "show", issued.node, "-o", "json").json["serial"]
+    authority = idb("credential", "show", serial, "-o", "json").json["authority_id"]
+    planned = idb("revoke", "--authority", authority, "--plan")
+    assert "another authority signs them" in planned.out
+    assert "nodes that need a new token" in planned.out
+    done = idb("revoke", "--serial", serial, "--yes", "-o", "json")
+    assert done.json["plan"]["stranded_node_ids"] == [node]
+    assert "SVID revoked" in idb("node", "show", issued.node).out
+    doctor = idb("doctor", "-o", "json").json["findings"]
+    (found,) = (one for one in doctor if "own SVID is revoked" in one["detail"])
+    assert (found["check"], found["verdict"]) == ("nodes", "warn")
+    assert found["fix"].startswith("idb token generate --node ")
+    # It has nothing left to lose.
+    planned = idb("revoke", "--authority", authority, "--plan", "-o", "json").json["plan"]
+    assert node not in planned["stranded_node_ids"]
+
+
+def test_the_command_for_a_stranded_node_follows_the_revocation(
+    idb: Idb, issued: Issued, tmp_path: Path
+) -> None:
+    serial = idb("node", "show", issued.node, "-o", "json").json["serial"]
+    done = idb("revoke", "--serial", serial, "--yes")
+    assert done.code == 0, done.err
+    hint = f"hint: idb token generate --node {issued.node}"
+    assert done.err.index("revoked: 1 credential") < done.err.index(hint)
+    assert again(idb, issued).code != 0
+    token = tmp_path / "next-token"
+    assert idb("token", "generate", "--node", issued.node, "--write", str(token)).code == 0
+    fetch = ["svid", "fetch", "--state-dir", str(issued.state), "--spiffe-id", issued.path]
+    rejoined = idb(*fetch, "--token-file", str(token), "--timeout", "10")
+    assert rejoined.code == 0, rejoined.err
+    assert "attested" in idb("node", "show", issued.node).out

@@ -480,6 +480,101 @@ async def test_a_repeat_with_the_same_id_is_the_same_order(parts: Parts) -> None
     assert [order.swept for order in seen] == [False, True]
 
 
+async def test_a_repeat_that_asks_for_something_else_is_refused(parts: Parts) -> None:
+    await parts.admit()
+    serial = (await parts.svid()).serial
+    until = parts.clock.now() + timedelta(hours=8)
+    first = await parts.end(SubjectKind.SPIFFE_ID, API, HOLD, id="night", hold_until=until)
+    assert not first.repeated
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"reason": RevocationReason.KEY_COMPROMISE, "hold_until": until}, "for certificate-hold"),
+        ({"reason": HOLD}, "a hold that ends at"),
+        ({"reason": HOLD, "hold_until": until, "hold_name": "look"}, 'the hold "night"'),
+        (
+            {"reason": RevocationReason.KEY_COMPROMISE, "without_hold": True},
+            'for certificate-hold, has the hold "night"',
+        ),
+    ]
+    for asked, differs in others:
+        with pytest.raises(RevocationExists, match=f'"night" .*{differs}') as refused:
+            await parts.end(SubjectKind.SPIFFE_ID, API, id="night", **asked)
+        assert "idb revoke status night" in refused.value.hint
+    # "8h" is typed again a minute later, with other words.
+    again = await parts.end(
+        *(SubjectKind.SPIFFE_ID, API, HOLD),
+        id="night",
+        hold_until=until + timedelta(minutes=1),
+        comment="once more",
+    )
+    assert again.repeated
+    assert (again.order.comment, again.order.revoked) == ("", 1)
+    await parts.end(SubjectKind.SERIAL, serial, id="single")
+    with pytest.raises(RevocationExists, match="has no hold"):
+        await parts.end(SubjectKind.SERIAL, serial, id="single", reason=HOLD)
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+async def test_a_repeat_after_its_hold_is_over_is_refused(parts: Parts, *, lifted: bool) -> None:
+    await parts.admit()
+    until = None if lifted else parts.clock.now() + timedelta(minutes=5)
+    await parts.end(SubjectKind.SPIFFE_ID, API, id="night", hold_until=until)
+    if lifted:
+        await parts.revoke.lift("night", OPERATOR)
+    else:
+        parts.clock.time += timedelta(minutes=5)
+        await parts.revoke.lift_due()
+    new = (await parts.svid()).serial
+    later = None if lifted else parts.clock.now() + timedelta(minutes=5)
+    over = "was lifted" if lifted else "has ended"
+    with pytest.raises(RevocationExists, match=f"{over}: this is another incident") as refused:
+        await parts.end(SubjectKind.SPIFFE_ID, API, id="night", hold_until=later)
+    assert "choose another --id" in refused.value.hint
+    assert not parts.directory.is_revoked(new)
+    await parts.end(SubjectKind.SPIFFE_ID, API, id="next")
+    assert parts.directory.is_revoked(new)
+
+
+async def test_a_relative_time_typed_again_is_another_revocation(parts: Parts) -> None:
+    await parts.admit()
+    await parts.svid()
+    typed = "spiffe-id=/payments/* issued-after=2h"
+    first = (await parts.end(SubjectKind.SELECT, typed, id="night")).order
+    parts.clock.time += timedelta(seconds=1)
+    with pytest.raises(RevocationExists, match="one like 2h is another") as refused:
+        await parts.end(SubjectKind.SELECT, typed, id="night")
+    assert f"--select '{first.subject.value}'" in refused.value.hint
+    again = await parts.end(SubjectKind.SELECT, first.subject.value, id="night")
+    assert again.repeated
+    with pytest.raises(RevocationExists, match="is of select=spiffe-id="):
+        await parts.end(SubjectKind.SELECT, "spiffe-id=/payments/*", id="night")
+
+
+async def test_a_plan_names_the_nodes_that_cannot_come_back(parts: Parts) -> None:
+    await parts.admit()
+    at = parts.clock.now()
+    authority = parts.signing.authorities.x509_set.active
+    assert authority is not None
+
+    async def stranded(kind: SubjectKind, value: object) -> tuple[list[str], int]:
+        named = subject(kind, str(value), trust_domain=DOMAIN, now=at)
+        plan = await parts.revoke.plan(named)
+        return [str(one) for one in plan.stranded_node_ids], plan.stranded_node_count
+
+    node = await parts.store.read(lambda repos: repos.nodes.get(NODE))
+    lost = ([str(NODE)], 1)
+    assert await stranded(SubjectKind.AUTHORITY, authority.id) == lost
+    assert await stranded(SubjectKind.SERIAL, node.serial) == lost
+    assert await stranded(SubjectKind.SELECT, "kind=x509 issued-after=1h") == lost
+    # Banned by it, or not concerned.
+    assert await stranded(SubjectKind.NODE, NODE) == ([], 0)
+    assert await stranded(SubjectKind.SPIFFE_ID, API) == ([], 0)
+    await parts.store.write(lambda repos: repos.nodes.upsert(replace(node, reattestable=True)))
+    assert await stranded(SubjectKind.AUTHORITY, authority.id) == ([], 0)
+    await parts.store.write(lambda repos: repos.nodes.upsert(node))
+    await parts.end_one(node.serial)
+    assert await stranded(SubjectKind.AUTHORITY, authority.id) == ([], 0)
+
+
 async def test_the_same_order_given_twice_at_once_is_one(parts: Parts) -> None:
     await parts.admit()
     await parts.svid()
@@ -489,6 +584,7 @@ async def test_the_same_order_given_twice_at_once_is_one(parts: Parts) -> None:
     assert {answer.order.state for answer in answers} == {OrderState.COMMITTED}
     assert {answer.order.revoked for answer in answers} == {1}
     assert any(answer.revocations for answer in answers)
+    assert [answer.repeated for answer in answers].count(False) == 1
     assert len((await parts.revoke.page("", 10)).items) == 1
 
 
