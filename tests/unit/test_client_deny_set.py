@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
+import time
 import weakref
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from identity_client.clock import utc_now
-from identity_client.errors import RevocationsStale, SettingsInvalid
+from identity_client.errors import PeerRejected, RevocationsStale, SettingsInvalid
+from identity_client.naming import parse_spiffe_id
+from identity_client.peer import Peer, check_current, is_refused
 from identity_client.revocation import (
     DenySet,
     IdentityEpoch,
@@ -19,7 +24,7 @@ from identity_client.revocation import (
     RevokedCredential,
     id_key,
 )
-from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy
+from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy, uptime
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SERIAL = "01" * 20
@@ -277,6 +282,7 @@ def test_silence_is_warned_of_once_each_time(caplog: pytest.LogCaptureFixture) -
 def test_a_list_is_news_until_its_issuer_promised_the_next() -> None:
     denied = DenySet(StalenessPolicy.refuse(1))
     now = utc_now()
+    denied.lack_feed(now=now)
     denied.replace_lists([RevocationList.of(ISSUER, [], now.timestamp() + 60)], now=now)
     denied._heard -= 100
     denied.check_fresh()
@@ -293,3 +299,105 @@ def test_a_list_is_news_until_its_issuer_promised_the_next() -> None:
     denied._heard -= 2
     with pytest.raises(RevocationsStale):
         denied.check_fresh()
+
+
+def test_where_there_is_a_feed_lists_are_no_news() -> None:
+    """An agent whose broker is gone still sends the lists it has."""
+    now = utc_now()
+    lists = [RevocationList.of(ISSUER, ["bb"], now.timestamp() + 3600)]
+    denied = DenySet(StalenessPolicy.refuse(2))
+    denied.find_feed()
+    denied.hear(now=now, ago=3)
+    denied.replace_lists(lists, now=now)
+    assert denied.denies("bb", ISSUER)
+    assert not denied.synced
+    with pytest.raises(RevocationsStale):
+        denied.check_fresh()
+    # Nor does it help to say later that there is none.
+    denied.lack_feed(now=now)
+    denied.replace_lists(lists, now=now)
+    denied.lose_lists()
+    assert denied.is_stale()
+    denied.hear(now=now)
+    denied.check_fresh()
+
+
+def test_until_it_is_known_whether_there_is_a_feed_silence_counts() -> None:
+    now = utc_now()
+    denied = DenySet(StalenessPolicy.refuse(2))
+    denied._heard -= 3
+    denied.replace_lists([RevocationList.of(ISSUER, [], now.timestamp() + 3600)], now=now)
+    assert denied.is_stale()
+    denied.lack_feed(now=now)
+    assert denied.synced
+    assert denied.age == 0
+
+
+def test_a_clock_that_is_set_back_makes_no_list_last_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = utc_now()
+    denied = DenySet(StalenessPolicy.refuse(2))
+    denied.lack_feed(now=now)
+    denied.replace_lists([RevocationList.of(ISSUER, [], now.timestamp() + 60)], now=now)
+    assert denied.age == 0
+    later, before = uptime() + 61, time.time() - 3600
+    monkeypatch.setattr("identity_client.revocation.uptime", lambda: later)
+    monkeypatch.setattr("time.time", lambda: before)
+    assert denied.is_stale()
+
+
+# --- who cannot be told apart --------------------------------------------------------------------
+
+
+def test_while_an_authority_is_denied_nobody_is_accepted_that_names_no_key() -> None:
+    peer = Peer(parse_spiffe_id(WEB), WEB, "example.org", "02", math.inf, Issuer(b"name", b""))
+    denied = DenySet()
+    check_current(peer, denied)
+    denied.deny_authorities(["jwt-key-1"])
+    check_current(peer, denied)
+    denied.deny_authorities(["ccdd"])
+    for one in (peer, replace(peer, issuer=None)):
+        with pytest.raises(PeerRejected) as refused:
+            check_current(one, denied)
+        assert refused.value.reason == "PEER_REJECTED"
+        assert is_refused(one, denied)
+    check_current(replace(peer, issuer=ISSUER), denied)
+    denied.deny_authorities([])
+    check_current(peer, denied)
+
+
+def test_whom_what_is_denied_may_concern() -> None:
+    now = utc_now()
+    denied = DenySet()
+    denied.replace_lists([RevocationList.of(ISSUER, [])], now=now)
+    assert not denied.may_concern(WEB)
+    denied.replace_lists([RevocationList.of(ISSUER, ["bb"])], now=now)
+    assert denied.may_concern(WEB)
+    denied.find_feed()
+    assert not denied.may_concern(WEB)  # The feed would have named it.
+    denied.add([revoked(now=now)], now=now)
+    assert denied.may_concern(WEB)
+    assert not denied.may_concern(f"{WEB}2")
+    denied.deny_authorities(["aabb"])
+    assert denied.may_concern(f"{WEB}2")
+
+
+def test_a_name_goes_with_the_last_that_has_it() -> None:
+    now = utc_now()
+    denied = DenySet()
+    denied.add([revoked("aa", now=now), revoked("bb", now=now)], now=now)
+    denied.add([revoked("aa", now=now), revoked("cc", now=now, tls=False)], now=now)
+    denied.release(["aa"])
+    assert denied.names(WEB)
+    again = DenySet()
+    again.restore(denied.keep(), now=now)
+    for one in (denied, again):
+        one.release(["bb", "bb", "aa"])
+        assert not one.names(WEB)
+        assert "cc" in one
+        assert not one.keep().whose
+    denied.add([revoked("aa", now=now)], now=now)
+    assert denied.names(WEB)
+    denied.prune(now=now + timedelta(hours=1))
+    assert not denied.keep().whose

@@ -1,6 +1,8 @@
 """JWT-SVIDs on demand: from the cache, or fetched once however many ask at the same time.
 
 - One flight for each identity and set of audiences; one caller giving up does not end it.
+- A token of the very second in which its identity's older ones were revoked counts as one of
+  them (`iat` has whole seconds): it is not handed out, and another is fetched a second later.
 - When no fresh token can be had, a cached one that is still valid is handed out, unless whoever
   issues them has decided against it.
 """
@@ -9,16 +11,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from spiffe import JwtSvid
 
 from identity_client.clock import utc_now
-from identity_client.errors import IdentityError, NotAuthenticated, NotPermitted, RequestRejected
+from identity_client.errors import (
+    IdentityError,
+    IdentityRevoked,
+    NotAuthenticated,
+    NotPermitted,
+    RequestRejected,
+)
 from identity_client.holder import IdentityHolder
 from identity_client.jwt_cache import CachedToken, JwtCache, JwtKey
+from identity_client.jwt_check import is_revoked
 
 __all__ = ["JwtFetcher"]
 
+_MOST_ISSUED: Final = 3
+# Whatever the issuer's clock says, its next second has begun by then.
+_NEXT_SECOND: Final = 1.05
 # Decisions; anything else may be waited out with a token that is still valid.
 _DECIDED = (NotPermitted, NotAuthenticated, RequestRejected)
 
@@ -48,6 +61,7 @@ class JwtFetcher:
         """A JWT-SVID for `audiences`.
 
         Raises:
+            IdentityRevoked: what is issued is revoked.
             SourceError: there is no identity to issue it for.
             IdentityError: it could not be issued and no cached one is valid.
         """
@@ -76,9 +90,15 @@ class JwtFetcher:
             return valid
 
     async def _fly(self, key: JwtKey) -> JwtSvid:
-        token = await self._issue(key)
-        self._cache.put(key, token)
-        return token.svid
+        denied = self._holder.denied
+        for attempt in range(_MOST_ISSUED):
+            if attempt:
+                await asyncio.sleep(_NEXT_SECOND)
+            token = await self._issue(key)
+            if not (token.jti in denied or is_revoked(token.svid, denied)):
+                self._cache.put(key, token)
+                return token.svid
+        raise IdentityRevoked(f'every JWT-SVID that is issued for "{key[0]}" is revoked')
 
     def _land(self, key: JwtKey, flight: asyncio.Task[JwtSvid]) -> None:
         self._flights.pop(key, None)

@@ -23,7 +23,7 @@ from identity_client.naming import parse_spiffe_id
 from identity_client.revocation import DenySet, Issuer
 from identity_client.staleness import StalenessPolicy
 
-__all__ = ["Peer", "check_current", "peer_from_der", "peer_from_pem", "serial_text"]
+__all__ = ["Peer", "check_current", "is_refused", "peer_from_der", "peer_from_pem", "serial_text"]
 
 _CACHED = 4096
 _UNREADABLE = (
@@ -105,13 +105,24 @@ def check_current(
 
     Raises:
         PeerRevoked, PeerExpired: the peer must go.
+        PeerRejected: an authority is denied, and nobody can say whether it signed this one.
         RevocationsStale: nobody can say.
     """
     if denied.denies(peer.serial, peer.issuer):
         raise PeerRevoked(f'the certificate of peer "{peer.id}" is revoked')
+    if denied.cannot_place(peer.issuer):
+        raise PeerRejected(
+            f'the certificate of peer "{peer.id}" does not say which authority\'s key signed it, '
+            "and one of them is revoked"
+        )
     denied.check_fresh(staleness)
     if (time.time() if now is None else now) >= peer.expires_at:
         raise PeerExpired(f'the certificate of peer "{peer.id}" has expired')
+
+
+def is_refused(peer: Peer, denied: DenySet) -> bool:
+    """Whether a peer must go for what is denied."""
+    return denied.denies(peer.serial, peer.issuer) or denied.cannot_place(peer.issuer)
 
 
 def _read(certificate: x509.Certificate) -> Peer:

@@ -8,8 +8,9 @@
 - What a Workload API sends as revocation lists is the full state of one moment (Workload API,
   section 4.4): the newest lists replace those before. A list denies its own issuer's certificates
   and nobody else's (RFC 5280, section 5). Lists and feed do not touch each other's denials.
-- Bounded: what has expired is refused for that alone and leaves. A denial is one small key and a
-  shared number: 100,000 of them take some 12 MB.
+- Bounded: what has expired is refused for that alone and leaves.
+- Where there is a feed, it alone is news: an agent that has lost its broker still sends the lists
+  it has. Lists are news where there is no feed.
 - Whoever holds connections open is told when somebody was denied (`watch`), and held weakly.
 """
 
@@ -20,13 +21,20 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
-from cryptography import x509
-
+from identity_client.denials import (
+    IdentityEpoch,
+    Issuer,
+    KeptDenials,
+    RevocationList,
+    RevokedCredential,
+    Told,
+    id_key,
+)
 from identity_client.errors import RevocationsStale
 from identity_client.staleness import DEFAULT_STALENESS, StalenessPolicy, uptime
 
@@ -48,115 +56,6 @@ _PRUNE_SECONDS: Final = 60.0
 # No credential lives longer; a denial for ever would never leave.
 _LONGEST_SECONDS: Final = 10 * 366 * 86_400
 
-Key = bytes | str
-
-
-def id_key(credential_id: str) -> Key:
-    """What a serial number or jti is kept under: half as many octets where it is hexadecimal.
-
-    Leading zeros do not matter: they are padding in one text and missing in another.
-    """
-    try:
-        octets = bytes.fromhex(credential_id)
-    except ValueError:
-        return credential_id
-    if 2 * len(octets) != len(credential_id):  # fromhex skips blanks
-        return credential_id
-    return octets.lstrip(b"\0")
-
-
-@dataclass(frozen=True, slots=True)
-class RevokedCredential:
-    """One revocation, as the broker announced it.
-
-    Attributes:
-        id: serial number (lower-case hexadecimal, 40 digits) or jti.
-        spiffe_id: whom the credential named; empty where that does not matter.
-        expires_at: when the credential would have expired.
-        shown_in_tls: whether it is an X.509-SVID, that a peer may show.
-    """
-
-    id: str
-    spiffe_id: str
-    expires_at: datetime
-    shown_in_tls: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class IdentityEpoch:
-    """JWT-SVIDs of one identity issued at or before a moment are to be refused.
-
-    Attributes:
-        spiffe_id: whose.
-        not_before: seconds since the epoch, against `iat`.
-        expires_at: seconds since the epoch; no such token lives longer.
-    """
-
-    spiffe_id: str
-    not_before: int
-    expires_at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Issuer:
-    """Who signed a certificate or a revocation list, as it says itself.
-
-    Attributes:
-        name: the issuer's distinguished name, DER.
-        key_id: keyIdentifier of the authority key identifier; empty where there is none.
-    """
-
-    name: bytes = field(repr=False)
-    key_id: bytes
-
-    @classmethod
-    def of(cls, signed: x509.Certificate | x509.CertificateRevocationList) -> Issuer:
-        """The issuer that `signed` names."""
-        try:
-            found = signed.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
-            key_id = found.value.key_identifier or b""
-        except x509.ExtensionNotFound:
-            key_id = b""
-        return cls(signed.issuer.public_bytes(), key_id)
-
-    def may_be(self, other: Issuer) -> bool:
-        """Whether both can be the same: where one names no key, the distinguished name decides."""
-        same_key = not (self.key_id and other.key_id) or self.key_id == other.key_id
-        return same_key and self.name == other.name
-
-
-@dataclass(frozen=True, slots=True)
-class RevocationList:
-    """What one issuer revoked.
-
-    Attributes:
-        issuer: who.
-        serials: serial numbers, as `id_key` makes them.
-        next_update: seconds since the epoch; until when the list is news.
-    """
-
-    issuer: Issuer
-    serials: frozenset[Key] = field(repr=False)
-    next_update: float = math.inf
-
-    @classmethod
-    def of(
-        cls, issuer: Issuer, serials: Iterable[str], next_update: float = math.inf
-    ) -> RevocationList:
-        """The list of these serial numbers, as `peer.serial_text` writes them."""
-        return cls(issuer, frozenset(id_key(one) for one in serials), next_update)
-
-
-@dataclass(frozen=True, slots=True)
-class KeptDenials:
-    """What the feed told, to be kept over a restart. The collections are copies."""
-
-    denied: Mapping[Key, int] = field(repr=False)
-    named: Mapping[str, int] = field(repr=False)
-    epochs: Mapping[str, IdentityEpoch] = field(repr=False)
-    authorities: Collection[str] = field(repr=False)
-    heard_at: float
-
 
 class Watcher(Protocol):
     """Somebody who holds connections open."""
@@ -166,24 +65,14 @@ class Watcher(Protocol):
         ...
 
 
-class _Told:
-    """What the feed told."""
-
-    __slots__ = ("authorities", "denied", "epochs", "named")
-
-    def __init__(self) -> None:
-        self.denied: dict[Key, int] = {}
-        self.named: dict[str, int] = {}
-        self.epochs: dict[str, IdentityEpoch] = {}
-        self.authorities: frozenset[str] | None = None
-
-
 class DenySet:
     """Who must be refused though nothing has expired.
 
     Attributes:
         feed_synced: whether the feed's whole state is known and its stream is open.
         lists_synced: whether revocation lists arrive.
+        feed_served: whether there has ever been a feed; lists are no news then.
+        feed_absent: whether it was said that there is none, and there never was one.
         heard_at: when something was last heard about revocations, "nothing new" included.
         staleness: what silence means for checks that name no other policy.
     """
@@ -192,9 +81,11 @@ class DenySet:
         self.staleness = staleness
         self.feed_synced = False
         self.lists_synced = False
+        self.feed_served = False
+        self.feed_absent = False
         self.heard_at: datetime | None = None
-        self._told = _Told()
-        self._coming: _Told | None = None
+        self._told = Told()
+        self._coming: Told | None = None
         self._authorities: frozenset[str] = frozenset()
         self._key_ids: frozenset[bytes] = frozenset()
         self._lists: tuple[RevocationList, ...] = ()
@@ -221,7 +112,7 @@ class DenySet:
     @property
     def synced(self) -> bool:
         """Whether revocations arrive as they happen."""
-        return self.feed_synced or self.lists_synced
+        return self.feed_synced or (self.feed_absent and self.lists_synced)
 
     def denies(self, serial: str, issuer: Issuer | None) -> bool:
         """Whether the certificate with that serial number from that issuer is revoked."""
@@ -233,6 +124,13 @@ class DenySet:
         if self._key_ids and issuer.key_id in self._key_ids:
             return True
         return any(key in one.serials and one.issuer.may_be(issuer) for one in self._lists)
+
+    def cannot_place(self, issuer: Issuer | None) -> bool:
+        """Whether an authority is denied, and a certificate does not say that it is not its own.
+
+        Without an authority key identifier nothing tells authorities of one name apart.
+        """
+        return bool(self._key_ids) and (issuer is None or not issuer.key_id)
 
     def denies_token(
         self, jti: str, spiffe_id: str, issued_at: float | None, key_id: str = ""
@@ -257,7 +155,17 @@ class DenySet:
 
     def names(self, spiffe_id: str) -> bool:
         """Whether an X.509-SVID of that identity is denied by the feed and has not expired."""
-        return self._told.named.get(spiffe_id, 0) > time.time()
+        return self._told.names(spiffe_id)
+
+    def may_concern(self, spiffe_id: str) -> bool:
+        """Whether what is denied may be an X.509-SVID of that identity.
+
+        A denied authority may have signed one for anybody. A list names nobody; where there is a
+        feed, that says who is meant.
+        """
+        if self._key_ids or self._told.names(spiffe_id):
+            return True
+        return not self.feed_served and any(one.serials for one in self._lists)
 
     def check_fresh(self, policy: StalenessPolicy | None = None) -> None:
         """What silence means: nothing, one warning, or that nobody is accepted.
@@ -288,7 +196,7 @@ class DenySet:
     @property
     def age(self) -> float:
         """Seconds since something was heard about revocations, or since the start."""
-        if self.lists_synced and time.time() < self._lists_until:
+        if self.feed_absent and self.lists_synced and uptime() < self._lists_until:
             return 0.0  # Their issuer promises the next ones for later.
         return max(0.0, uptime() - self._heard)
 
@@ -313,13 +221,11 @@ class DenySet:
                 continue
             key = id_key(one.id)
             expires_at = self._moments.setdefault(expires_at, expires_at)
+            name = one.spiffe_id if one.shown_in_tls else ""
             if self._coming is not None:
-                self._coming.denied[key] = expires_at
-                _name(self._coming.named, one, expires_at)
-            _name(self._told.named, one, expires_at)
-            if key not in self._told.denied:
+                self._coming.deny(key, expires_at, name)
+            if self._told.deny(key, expires_at, name):
                 fresh.append(one)
-            self._told.denied[key] = max(expires_at, self._told.denied.get(key, 0))
         return tuple(fresh)
 
     def release(self, ids: Iterable[str]) -> bool:
@@ -328,8 +234,7 @@ class DenySet:
         While a full state is coming, it is that state which they are taken from.
         """
         told = self._coming or self._told
-        found = [told.denied.pop(id_key(one), None) for one in ids]
-        return any(one is not None for one in found)
+        return sum(told.forget(id_key(one)) for one in ids) > 0
 
     def raise_epoch(self, epoch: IdentityEpoch) -> bool:
         """Refuses an identity's older JWT-SVIDs; an epoch is never lowered. Whether it was news."""
@@ -362,7 +267,7 @@ class DenySet:
 
     def begin_full(self) -> None:
         """What comes from now on replaces everything the feed told, once it is complete."""
-        self._coming = _Told()
+        self._coming = Told()
 
     def finish_full(self) -> None:
         """The full state is complete: what it does not have is denied no more."""
@@ -387,24 +292,15 @@ class DenySet:
         self._pruned = moment
         self._moments.clear()
         for told in (self._told, self._coming):
-            if told is None:
-                continue
-            before = len(told.denied)
-            for key in [key for key, expiry in told.denied.items() if expiry <= moment]:
-                del told.denied[key]
-            if len(told.denied) < before // 2:
-                told.denied = dict(told.denied)  # A dictionary never shrinks by itself.
-            for name in [name for name, expiry in told.named.items() if expiry <= moment]:
-                del told.named[name]
-            for name in [name for name, e in told.epochs.items() if e.expires_at <= moment]:
-                del told.epochs[name]
+            if told is not None:
+                told.prune(moment)
 
     def keep(self) -> KeptDenials:
         """A copy of what the feed told."""
         told = self._told
         return KeptDenials(
             denied=dict(told.denied),
-            named=dict(told.named),
+            whose=told.whose(),
             epochs=dict(told.epochs),
             authorities=self._authorities,
             heard_at=self.heard_at.timestamp() if self.heard_at else 0.0,
@@ -414,9 +310,9 @@ class DenySet:
         """Denies what was kept, beside whatever is denied already."""
         moment = int(now.timestamp())
         furthest = moment + _LONGEST_SECONDS
-        told = self._told
-        told.denied |= {k: min(t, furthest) for k, t in kept.denied.items() if t > moment}
-        told.named |= {k: min(t, furthest) for k, t in kept.named.items() if t > moment}
+        for key, until in kept.denied.items():
+            if until > moment:
+                self._told.deny(key, min(until, furthest), kept.whose.get(key, ""))
         for epoch in kept.epochs.values():
             self.raise_epoch(epoch)
         self._use_authorities(self._authorities | frozenset(kept.authorities))
@@ -430,17 +326,32 @@ class DenySet:
         """Takes the newest revocation lists in place of those before."""
         self._lists = tuple(lists)
         self.lists_synced = bool(self._lists)
-        self._lists_until = min((one.next_update for one in self._lists), default=0.0)
-        if self._lists:
+        until = min((one.next_update for one in self._lists), default=0.0)
+        # Counted on the clock that nobody sets back.
+        self._lists_until = uptime() + until - now.timestamp()
+        if self.lists_synced and self.feed_absent:
             self.hear(now=now)
 
     def lose_lists(self) -> None:
         """Lists do not arrive any more; silence counts from now."""
         if self.lists_synced:
             self.lists_synced = False
-            self._heard = max(self._heard, uptime())
+            if self.feed_absent:
+                self._heard = max(self._heard, uptime())
 
     # --- news ----------------------------------------------------------------------------------
+
+    def find_feed(self) -> None:
+        """There is a feed: from now on it alone is news."""
+        self.feed_served, self.feed_absent = True, False
+
+    def lack_feed(self, *, now: datetime) -> None:
+        """There is no feed: lists are news, unless there ever was one."""
+        if self.feed_served or self.feed_absent:
+            return
+        self.feed_absent = True
+        if self.lists_synced:
+            self.hear(now=now)
 
     def hear(self, *, now: datetime, ago: float = 0.0) -> None:
         """Something was heard about revocations, if only that there are none.
@@ -471,11 +382,6 @@ class DenySet:
                 "known so far",
                 age,
             )
-
-
-def _name(named: dict[str, int], one: RevokedCredential, expires_at: int) -> None:
-    if one.shown_in_tls and one.spiffe_id and named.get(one.spiffe_id, 0) < expires_at:
-        named[one.spiffe_id] = expires_at
 
 
 def _raise(epochs: dict[str, IdentityEpoch], epoch: IdentityEpoch) -> bool:

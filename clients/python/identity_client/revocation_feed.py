@@ -203,6 +203,7 @@ class RevocationFollower:
             await call.hello(resume_from=self.sequence, name=verifier_name(), version=_version())
             while True:
                 message = await call.read(within)
+                self._denied.find_feed()
                 self._apply(reader, message)
                 await call.acknowledge(message.sequence)
                 within = _HEARTBEATS_MISSED * _clamped(message.heartbeat_ms, *_HEARTBEAT_MS) / 1000
@@ -222,8 +223,14 @@ class RevocationFollower:
             async with asyncio.timeout(seconds):
                 await self._settled.wait()
 
-    def give_up(self) -> None:
-        """There is no feed: nobody waits for it."""
+    def give_up(self, *, absent: bool = False) -> None:
+        """There is no feed, or none for now: nobody waits for it.
+
+        Args:
+            absent: whether whoever was asked knows of no feed.
+        """
+        if absent:
+            self._denied.lack_feed(now=utc_now())
         self._settled.set()
 
     def expect(self) -> None:

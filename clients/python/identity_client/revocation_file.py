@@ -20,8 +20,9 @@ from typing import Any, Final
 from spiffe import TrustDomain
 
 from identity_client.clock import utc_now
+from identity_client.denials import IdentityEpoch, KeptDenials, Key
 from identity_client.errors import SettingsInvalid
-from identity_client.revocation import DenySet, IdentityEpoch, KeptDenials
+from identity_client.revocation import DenySet
 from identity_client.revocation_feed import RevocationFollower
 from identity_client.state_dir import read_private, write_private
 
@@ -30,7 +31,7 @@ __all__ = ["RevocationMemory"]
 _logger = logging.getLogger(__name__)
 
 _FILE: Final = "revocations.json"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _PAUSE_SECONDS: Final = 1.0
 _LARGEST_BYTES: Final = 256 * 1024 * 1024
 _LATEST_SEQUENCE: Final = 2**64
@@ -132,15 +133,17 @@ def _save(path: Path, kept: _Kept) -> None:
 def _encode(kept: _Kept) -> dict[str, Any]:
     by_expiry: dict[int, list[str]] = {}
     for key, expires_at in kept.denials.denied.items():
-        text = key.hex() if isinstance(key, bytes) else f"={key}"
-        by_expiry.setdefault(expires_at, []).append(text)
+        by_expiry.setdefault(expires_at, []).append(_key_text(key))
+    named: dict[str, list[str]] = {}
+    for key, name in kept.denials.whose.items():
+        named.setdefault(name, []).append(_key_text(key))
     return {
         "version": _VERSION,
         "trust_domain": kept.trust_domain,
         "sequence": kept.sequence,
         "heard_at": kept.denials.heard_at,
         "denied": {str(moment): texts for moment, texts in by_expiry.items()},
-        "named": dict(kept.denials.named),
+        "named": named,
         "epochs": {
             one.spiffe_id: [one.not_before, one.expires_at] for one in kept.denials.epochs.values()
         },
@@ -154,11 +157,14 @@ def _decode(document: Any) -> _Kept:
     sequence = _whole(document["sequence"])
     if not 0 <= sequence < _LATEST_SEQUENCE:
         raise ValueError("no sequence")
-    denied: dict[bytes | str, int] = {}
+    denied: dict[Key, int] = {}
     for moment, texts in _table(document["denied"]).items():
         expires_at = int(moment)
         for text in texts:
-            denied[text[1:] if text.startswith("=") else bytes.fromhex(text)] = expires_at
+            denied[_key_of(text)] = expires_at
+    whose = {
+        _key_of(text): name for name, texts in _table(document["named"]).items() for text in texts
+    }
     epochs = {
         name: IdentityEpoch(name, _whole(not_before), _whole(expires_at))
         for name, (not_before, expires_at) in _table(document["epochs"]).items()
@@ -168,12 +174,20 @@ def _decode(document: Any) -> _Kept:
         sequence=sequence,
         denials=KeptDenials(
             denied=denied,
-            named={name: _whole(at) for name, at in _table(document["named"]).items()},
+            whose=whose,
             epochs=epochs,
             authorities=tuple(_text(one) for one in document["authorities"]),
             heard_at=float(document["heard_at"]),
         ),
     )
+
+
+def _key_text(key: Key) -> str:
+    return key.hex() if isinstance(key, bytes) else f"={key}"
+
+
+def _key_of(text: str) -> Key:
+    return text[1:] if text.startswith("=") else bytes.fromhex(text)
 
 
 def _table(value: Any) -> Mapping[str, Any]:

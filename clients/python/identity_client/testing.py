@@ -186,8 +186,15 @@ class FakeIdentitySource:
     def hear_again(self) -> None:
         """As when the feed of revocations is back."""
         denied = self._holder.denied
+        denied.find_feed()
         denied.feed_synced = True
         denied.hear(now=utc_now(), ago=-math.inf)
+
+    def deny_authorities(self, *ids: str) -> None:
+        """As when these are the authorities that are revoked, by subject key identifier."""
+        denied = self._holder.denied
+        news = denied.deny_authorities(ids)
+        self._holder.denials_changed(somebody_denied=news)
 
     def withdraw(self) -> None:
         """As when its entry goes away: nothing is handed out until the next `rotate`."""

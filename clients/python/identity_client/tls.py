@@ -44,7 +44,7 @@ from identity_client.authorization import Authorize, PeerRule, check_allowed, pe
 from identity_client.credential import IdentitySnapshot
 from identity_client.errors import PeerRejected, SourceError
 from identity_client.open_connections import OpenConnections
-from identity_client.peer import Peer, check_current, peer_from_der
+from identity_client.peer import Peer, check_current, is_refused, peer_from_der
 from identity_client.revocation import DenySet
 from identity_client.staleness import StalenessPolicy
 
@@ -252,7 +252,7 @@ class RotatingContext(ssl.SSLContext):
     def peers_denied(self) -> None:
         """Ends the connections of whoever is revoked."""
         denied = self._source.denied
-        self._open.close_those(lambda peer: denied.denies(peer.serial, peer.issuer))
+        self._open.close_those(lambda peer: is_refused(peer, denied))
 
     def _newest(self) -> _Generation:
         try:

@@ -216,7 +216,7 @@ class WorkloadApiEngine:
             self._holder.denied.note_silence()
             self._feed_refused = isinstance(error, NotPermitted)
             if not self._feed_refused:
-                self._follower.give_up()
+                self._follower.give_up(absent=error.reason == "METHOD_UNKNOWN")
             _logger.info("following the revocations stopped: %s", error)
 
         while True:

@@ -15,10 +15,10 @@
 - Clients: the server must be exactly `peer` (its hash-of-ID DNS SAN, checked by gRPC in the
   handshake). A new certificate means a new channel below the wrapper; calls under way finish on
   the old one.
-- grpcio does not show a client the server's certificate. When an X.509-SVID of `peer` is revoked,
-  calls under way are cancelled, and until it has expired the server is looked at before it is
-  called: see `guard`. Revocation lists do not say whose serial numbers they are: for this, the
-  feed of the broker or of our own node agent is needed.
+- grpcio does not show a client the server's certificate. When an X.509-SVID of `peer` or an
+  authority is revoked, calls under way are cancelled, and until that has expired the server is
+  looked at before it is called: see `guard`. Revocation lists do not say whose serial numbers they
+  are: where there is no feed of a broker or of our own node agent, any entry has this effect.
 """
 
 from __future__ import annotations

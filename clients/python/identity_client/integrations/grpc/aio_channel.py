@@ -25,6 +25,7 @@ from identity_client.integrations.grpc.channel_arguments import (
 )
 from identity_client.integrations.grpc.guard import ServerGuard, ServerRevoked, Unsettled
 from identity_client.rotation import Generation, Pins, Rotation
+from identity_client.staleness import StalenessPolicy
 from identity_client.tls import SnapshotSource
 
 __all__ = ["RotatingAioChannel", "secure_channel_aio"]
@@ -37,13 +38,15 @@ def secure_channel_aio(
     peer: str | SpiffeId,
     options: Sequence[tuple[str, Any]] | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
+    staleness: StalenessPolicy | None = None,
 ) -> RotatingAioChannel:
     """A channel to the service at `target`, which must be exactly `peer`.
 
     Calls raise `SourceError` while there is no identity to call with, and
-    `grpc.aio.AioRpcError` as ever. When the server's certificate is revoked, calls under way are
-    cancelled, and calls raise `PeerRevoked` (a `grpc.RpcError` here) for as long as the server
-    shows it.
+    `grpc.aio.AioRpcError` as ever. When the server's certificate is revoked, or its authority,
+    calls under way are cancelled, and calls raise `PeerRevoked` (a `grpc.RpcError` here) for as
+    long as the server shows it. Where silence about revocations is to be refused, they raise
+    `RevocationsStale` (likewise).
 
     Args:
         source: whose identity to show.
@@ -51,12 +54,13 @@ def secure_channel_aio(
         peer: the SPIFFE ID the server must have.
         options: as for `grpc.aio.secure_channel`; the verified name is not theirs to change.
         interceptors: as for `grpc.aio.secure_channel`.
+        staleness: what silence about revocations means here; None for the source's policy.
 
     Raises:
         SettingsInvalid: `peer` is not a SPIFFE ID, or its trust domain not a DNS name.
     """
     return RotatingAioChannel(
-        source, target, str(peer), channel_options(peer, options), interceptors
+        source, target, str(peer), channel_options(peer, options), interceptors, staleness
     )
 
 
@@ -70,6 +74,7 @@ class RotatingAioChannel(grpc.aio.Channel):
         peer: str,
         options: tuple[tuple[str, Any], ...],
         interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
+        staleness: StalenessPolicy | None = None,
     ) -> None:
         self._target = target
         self._options = options
@@ -79,7 +84,7 @@ class RotatingAioChannel(grpc.aio.Channel):
             source.snapshot, self._open, self._close_later
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._guard = ServerGuard(source, peer, target, self._cut)
+        self._guard = ServerGuard(source, peer, target, self._cut, staleness)
         self._server = _Server(self._rotation, self._guard, self._closing)
 
     def __repr__(self) -> str:

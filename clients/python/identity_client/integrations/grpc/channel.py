@@ -21,6 +21,7 @@ from identity_client.integrations.grpc.channel_arguments import (
 )
 from identity_client.integrations.grpc.guard import ServerGuard, ServerRevoked
 from identity_client.rotation import Generation, Pins, Rotation
+from identity_client.staleness import StalenessPolicy
 from identity_client.tls import SnapshotSource
 
 __all__ = ["RotatingChannel", "secure_channel"]
@@ -34,23 +35,26 @@ def secure_channel(
     *,
     peer: str | SpiffeId,
     options: Sequence[tuple[str, Any]] | None = None,
+    staleness: StalenessPolicy | None = None,
 ) -> RotatingChannel:
     """A channel to the service at `target`, which must be exactly `peer`.
 
     Calls raise `SourceError` while there is no identity to call with, and `grpc.RpcError` as ever.
-    When the server's certificate is revoked, calls under way are cancelled, and calls raise
-    `PeerRevoked` (a `grpc.RpcError` here) for as long as the server shows it.
+    When the server's certificate is revoked, or its authority, calls under way are cancelled, and
+    calls raise `PeerRevoked` (a `grpc.RpcError` here) for as long as the server shows it. Where
+    silence about revocations is to be refused, they raise `RevocationsStale` (likewise).
 
     Args:
         source: whose identity to show.
         target: as for `grpc.secure_channel`.
         peer: the SPIFFE ID the server must have.
         options: as for `grpc.secure_channel`; the verified name is not theirs to change.
+        staleness: what silence about revocations means here; None for the source's policy.
 
     Raises:
         SettingsInvalid: `peer` is not a SPIFFE ID, or its trust domain not a DNS name.
     """
-    return RotatingChannel(source, target, str(peer), channel_options(peer, options))
+    return RotatingChannel(source, target, str(peer), channel_options(peer, options), staleness)
 
 
 class RotatingChannel(grpc.Channel):
@@ -62,13 +66,14 @@ class RotatingChannel(grpc.Channel):
         target: str,
         peer: str,
         options: tuple[tuple[str, Any], ...],
+        staleness: StalenessPolicy | None = None,
     ) -> None:
         self._target = target
         self._options = options
         self._watchers: dict[Callable[..., None], bool] = {}
         self._watched = False
         self._rotation: Rotation[grpc.Channel] = Rotation(source.snapshot, self._open, self._close)
-        self._guard = ServerGuard(source, peer, target, self._cut)
+        self._guard = ServerGuard(source, peer, target, self._cut, staleness)
 
     def __repr__(self) -> str:
         return f"RotatingChannel({self._target!r})"

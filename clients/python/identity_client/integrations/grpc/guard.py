@@ -1,10 +1,13 @@
-"""Which certificates the server of a channel may show, while one of its identity's is revoked.
+"""Which certificates the server of a channel may show, while one that it may have is revoked.
 
-- grpcio does not show a client the server's certificate. As long as no X.509-SVID of the pinned
-  identity is denied, the bundle decides. Once one is, connections to this server are cut, and it is
-  looked at with a TLS handshake of our own: a revoked certificate is refused; a good one becomes
-  the only root of the next connection, so that gRPC itself accepts that certificate and no other
-  until the revoked one has expired.
+- grpcio does not show a client the server's certificate. As long as nothing that is denied can be
+  an X.509-SVID of the pinned identity, the bundle decides. Once something can (one of its own by
+  name, an authority, or, where there is no feed, any entry of a list), connections to this server
+  are cut, and it is looked at with a TLS handshake of our own: a revoked certificate is refused; a
+  good one becomes the only root of the next connection, so that gRPC itself accepts that
+  certificate and no other until what is revoked has expired. Such a connection is cut when the
+  certificate it was made for is revoked, and for nothing else.
+- Silence about revocations ends no call; no other begins where the policy is to refuse.
 - Every address of the target is looked at. A server that shows another certificate later (it was
   renewed, or is another of several) fails one call, and is looked at again for the next.
 - A target that cannot be looked at (`xds:` and the like) is refused for that time.
@@ -23,9 +26,16 @@ from urllib.parse import unquote
 import grpc
 
 from identity_client._wire.status import refusal_status
-from identity_client.errors import IdentityError, PeerRejected, PeerRevoked, SourceError
-from identity_client.peer import Peer, peer_from_der
+from identity_client.errors import (
+    IdentityError,
+    PeerRejected,
+    PeerRevoked,
+    RevocationsStale,
+    SourceError,
+)
+from identity_client.peer import Peer, is_refused, peer_from_der
 from identity_client.rotation import Generation, Pins
+from identity_client.staleness import StalenessPolicy
 from identity_client.tls import SnapshotSource, client_ssl_context
 
 __all__ = [
@@ -33,6 +43,7 @@ __all__ = [
     "ServerGuard",
     "ServerRejected",
     "ServerRevoked",
+    "ServerStale",
     "ServerUnreachable",
     "Unsettled",
 ]
@@ -68,6 +79,10 @@ class ServerRejected(PeerRejected, _RefusedCall):
     """The server shows a certificate that is not accepted, or it cannot be looked at."""
 
 
+class ServerStale(RevocationsStale, _RefusedCall):
+    """Nothing was heard about revocations for too long to call anybody."""
+
+
 class ServerUnreachable(_RefusedCall):
     """The server does not answer, so that nobody can say what it shows."""
 
@@ -90,6 +105,7 @@ class ServerGuard:
         peer: the SPIFFE ID the server must have.
         target: as gRPC takes it.
         cut: ends the generations that a test picks; called on the source's thread.
+        staleness: what silence about revocations means here; None for the source's policy.
     """
 
     def __init__(
@@ -98,7 +114,9 @@ class ServerGuard:
         peer: str,
         target: str,
         cut: Callable[[Callable[[Generation[Any]], bool], ServerRevoked], None],
+        staleness: StalenessPolicy | None = None,
     ) -> None:
+        self._staleness = staleness
         self._source = source
         self._peer = peer
         self._target = target
@@ -116,8 +134,13 @@ class ServerGuard:
 
         Raises:
             ServerRevoked, ServerRejected, ServerUnreachable: no connection may be made.
+            ServerStale: nobody can say.
             SourceError: we have no identity to look at it with.
         """
+        try:
+            self._source.denied.check_fresh(self._staleness)
+        except RevocationsStale as stale:
+            raise ServerStale.because(stale) from stale
         known = self.known()
         if not isinstance(known, Unsettled):
             return known
@@ -131,8 +154,13 @@ class ServerGuard:
             return self._pins
 
     def known(self) -> Pins | Unsettled | None:
-        """As `pins`, without blocking."""
-        if not self._source.denied.names(self._peer):
+        """As `pins`, without blocking; whatever is refused is unsettled."""
+        denied = self._source.denied
+        try:
+            denied.check_fresh(self._staleness)
+        except RevocationsStale:
+            return UNSETTLED
+        if not denied.may_concern(self._peer):
             self._pins = None
             return None
         pins = self._pins
@@ -147,7 +175,7 @@ class ServerGuard:
 
     def peers_denied(self) -> None:
         """Ends connections to whom is revoked; see `identity_client.revocation.Watcher`."""
-        if self._source.denied.names(self._peer):
+        if self._source.denied.may_concern(self._peer):
             self._cut(self._is_doomed, _revoked(self._peer))
 
     def _is_doomed(self, generation: Generation[Any]) -> bool:
@@ -155,7 +183,7 @@ class ServerGuard:
         return pins is None or any(map(self._is_denied, pins.peers))
 
     def _is_denied(self, peer: Peer) -> bool:
-        return self._source.denied.denies(peer.serial, peer.issuer)
+        return is_refused(peer, self._source.denied)
 
     def _is_over(self, peer: Peer) -> bool:
         return self._is_denied(peer) or time.time() >= peer.expires_at
@@ -168,6 +196,8 @@ class ServerGuard:
         for address in _addresses(self._target):
             try:
                 der = self._shown_at(address)
+            except RevocationsStale as stale:
+                raise ServerStale.because(stale) from stale
             except PeerRejected as refusal:
                 rejected = isinstance(refusal, PeerRevoked) or refusal.reason == "PEER_REVOKED"
                 failure = (ServerRevoked if rejected else ServerRejected).because(refusal)
@@ -205,7 +235,7 @@ class ServerGuard:
         )
 
     def _shown_at(self, address: _Address) -> bytes:
-        context = client_ssl_context(self._source, authorize=self._peer)
+        context = client_ssl_context(self._source, authorize=self._peer, staleness=self._staleness)
         context.set_alpn_protocols(["h2"])
         family, where = address
         with socket.socket(family, socket.SOCK_STREAM) as plain:
@@ -261,11 +291,11 @@ def _host_and_port(name: str, target: str) -> tuple[str, int]:
 
 def _unlookable(target: str) -> ServerRejected:
     return ServerRejected(
-        f'an X.509-SVID of the server was revoked, and what "{target[:200]}" shows cannot be seen',
+        f'what was revoked may be what the server shows, and "{target[:200]}" cannot be looked at',
         reason="SERVER_UNSEEN",
-        hint="use a dns:, ipv4:, ipv6: or unix: target, or wait until the revoked one has expired",
+        hint="use a dns:, ipv4:, ipv6: or unix: target, or wait until what is revoked has expired",
     )
 
 
 def _revoked(peer: str) -> ServerRevoked:
-    return ServerRevoked(f'an X.509-SVID of "{peer}" was revoked while the call ran')
+    return ServerRevoked(f'what was revoked while the call ran may be the SVID of "{peer}"')
