@@ -19,7 +19,7 @@
     │                         RevocationExists
     ├── ExhaustedError        RateLimited WatchLagged
     ├── DependencyError       StoreUnavailable SigningBackendUnavailable AuthorityUnavailable
-    │                         AgentNotReady
+    │                         AgentNotReady IdentityEpochNow
     ├── BrokerStopping        the broker drains; another one, or this one later, will answer
     ├── DeadlineExceeded      the work was not done in the time the caller or the method table gave
     ├── ConfigError           (never crosses the wire)
@@ -495,6 +495,17 @@ class AgentNotReady(DependencyError):
     reason = "AGENT_NOT_READY"
     sentence = "the agent cannot answer yet"
     default_hint = "idb agent status says what it waits for"
+
+
+class IdentityEpochNow(DependencyError):
+    """All JWT-SVIDs of the identity up to this second were revoked; from the next one on they hold.
+
+    RFC 7519 dates are whole seconds as used here: a token of this second looks like one before.
+    """
+
+    reason = "IDENTITY_EPOCH"
+    sentence = "tokens of this identity issued in this second are refused"
+    default_hint = "call again in a second"
 
 
 class BrokerStopping(BrokerError):

@@ -163,6 +163,10 @@ class Directory:
         """Return the epochs that some JWT-SVID may still be older than."""
         return list(self._denials.epochs.values())
 
+    def epoch(self, spiffe_id: SpiffeId) -> IdentityEpoch | None:
+        """Return the identity's epoch, or None."""
+        return self._denials.epochs.get(spiffe_id)
+
     def is_key_blocked(self, fingerprint: str) -> bool:
         """Whether the key with that SHA-256 of its SubjectPublicKeyInfo (hex) is refused."""
         return fingerprint in self._denials.keys

@@ -2,6 +2,7 @@
 
 - Step 1, prepare: CSR checked, its key not among the blocked ones, certificate encoded and linted;
   no key touched.
+- No JWT-SVID is issued in the second of its identity's epoch: every verifier would refuse it.
 - Step 2, intend: the ledger is durable.
 - Step 3, sign. Step 4, conclude.
 - Calls that arrive while others are being recorded go together in the next *flight*: one group of
@@ -21,9 +22,11 @@ from typing import ClassVar, Generic, TypeVar
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.grant import Grant
+from identity_broker.domain.revocation import IdentityEpoch
 from identity_broker.errors import (
     AuthorityUnavailable,
     BrokerError,
+    IdentityEpochNow,
     InvariantViolated,
     KeyBlocked,
 )
@@ -32,6 +35,7 @@ from identity_broker.signing import Signing
 from identity_broker.telemetry.logs import get_logger
 from identity_ca.issuer import PreparedX509, X509Credential
 from identity_ca.jwt import JwtCredential, PreparedJwt
+from identity_ca.spiffe_id import SpiffeId
 
 _log = get_logger("issue")
 
@@ -73,6 +77,7 @@ class Issue:
 
     Args:
         is_key_blocked: whether nothing may be issued to the key with that fingerprint.
+        epoch: of an identity, if it has one.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Issue:
         clock: Clock,
         *,
         is_key_blocked: Callable[[str], bool],
+        epoch: Callable[[SpiffeId], IdentityEpoch | None],
     ) -> None:
         self._open = _Open()
 
@@ -98,6 +104,16 @@ class Issue:
                 for item in prepared
             ]
 
+        async def prepare_jwt(
+            orders: Sequence[JwtOrder], now: datetime
+        ) -> list[PreparedJwt | BrokerError]:
+            early = [_too_early(epoch(order.grant.spiffe_id), now) for order in orders]
+            if not any(early):
+                return await signing.prepare_jwt_many(_tokens(orders), now)
+            others = [order for order, error in zip(orders, early, strict=True) if error is None]
+            prepared = iter(await signing.prepare_jwt_many(_tokens(others), now) if others else [])
+            return [next(prepared) if error is None else error for error in early]
+
         self._x509 = _Lane[X509Order, PreparedX509, X509Credential](
             prepare=prepare_x509,
             sign=signing.sign_x509,
@@ -107,9 +123,7 @@ class Issue:
             open_calls=self._open,
         )
         self._jwt = _Lane[JwtOrder, PreparedJwt, JwtCredential](
-            prepare=lambda orders, now: signing.prepare_jwt_many(
-                [(order.grant, order.audiences) for order in orders], now
-            ),
+            prepare=prepare_jwt,
             sign=signing.sign_jwt,
             is_remote=lambda: signing.jwt_is_remote,
             record=record,
@@ -135,6 +149,20 @@ class Issue:
         A revocation waits for it: what was granted before the revocation may be recorded after.
         """
         await self._open.settled()
+
+
+def _tokens(orders: Sequence[JwtOrder]) -> list[tuple[Grant, Sequence[str]]]:
+    return [(order.grant, order.audiences) for order in orders]
+
+
+def _too_early(epoch: IdentityEpoch | None, now: datetime) -> IdentityEpochNow | None:
+    """Why no token can be issued yet: its `iat` would be the epoch's second, or before."""
+    if epoch is None:
+        return None
+    # Verifiers compare whole seconds.
+    next_second = int(epoch.not_before.timestamp()) + 1
+    left = next_second - now.timestamp()
+    return IdentityEpochNow(retry_after=left) if left > 0 else None
 
 
 class _Call(Generic[O, C]):

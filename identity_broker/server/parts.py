@@ -131,7 +131,13 @@ async def build_parts(settings: Settings, clock: Clock, resources: AsyncExitStac
         directory, trust_domain, ttl, clock, broker_dns_names=settings.server.dns_names
     )
     record = Record(store, clock, unconfirmed_after=settings.ledger.unconfirmed_after)
-    issue = Issue(signing, record, clock, is_key_blocked=directory.is_key_blocked)
+    issue = Issue(
+        signing,
+        record,
+        clock,
+        is_key_blocked=directory.is_key_blocked,
+        epoch=directory.epoch,
+    )
     attest = Attest(
         attestors=build_attestors(settings, store, clock),
         authorize=authorize,

@@ -65,7 +65,11 @@ class Parts:
         self.authorize = Authorize(self.directory, DOMAIN, TTL, clock)
         self.record = Record(store, clock, unconfirmed_after=timedelta(minutes=1))
         self.issue = Issue(
-            self.signing, self.record, clock, is_key_blocked=self.directory.is_key_blocked
+            self.signing,
+            self.record,
+            clock,
+            is_key_blocked=self.directory.is_key_blocked,
+            epoch=self.directory.epoch,
         )
         self.rotate = RotateAuthorities(
             signing=self.signing,

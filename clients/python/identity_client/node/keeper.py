@@ -29,7 +29,7 @@ from identity_client.errors import (
 )
 from identity_client.keys import KeyPair
 from identity_client.link import REPLACED, BrokerLink, issued_material
-from identity_client.node.batches import in_batches
+from identity_client.node.batches import in_batches, past_epochs
 from identity_client.node.follow import Follower
 from identity_client.node.kept import KeptNode, NodeMemory
 from identity_client.node.reports import Reports
@@ -104,6 +104,7 @@ class NodeKeeper:
         self._told: tuple[NodeStatus, BundleSnapshot | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._follower: Follower | None = None
+        self._token_untried = False
         self._reports = Reports()
 
     # --- life ----------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ class NodeKeeper:
             # broker still knows this node.
             self._node = HeldNode(kept.material, utc_now(), 0.0, kept.reattestable)
             self._connect(self._node)
+            self._token_untried = not self._settings.attestor.renewable
         self._task = asyncio.create_task(self._keep(), name="identity-node")
         self._task.add_done_callback(_report_bug)
 
@@ -197,7 +199,12 @@ class NodeKeeper:
 
     async def issue_jwt(self, orders: Sequence[JwtRequest]) -> list[IssuedJwt | IdentityError]:
         """JWT-SVIDs, or why not, for each order, in order; never raises for a refusal."""
-        return await in_batches(orders, lambda batch: self.ask(lambda link: link.issue_jwt(batch)))
+        return await past_epochs(
+            orders,
+            lambda some: in_batches(
+                some, lambda batch: self.ask(lambda link: link.issue_jwt(batch))
+            ),
+        )
 
     async def ask(self, call: Callable[[BrokerLink], Awaitable[_T]]) -> _T:
         """Makes one call; what its failure says of the node is taken to heart.
@@ -415,14 +422,18 @@ class NodeKeeper:
                 elif doubt is Doubt.CONNECTION:
                     self.learn_bundle(await self._link.get_bundle())
             except IdentityError as error:
-                if not self._may_help_to_attest(node, error, failures):
+                if self._token_untried and error.reason in NODE_LOST:
+                    await self._try_token(error)
+                elif self._may_help_to_attest(node, error, failures):
+                    _logger.warning("attesting again: %s", error)
+                    if error.reason in NODE_LOST:
+                        self._node = None
+                        self._connected.clear()
+                    # Else beside the SVID we have: if it is the broker that is away, nothing is
+                    # lost.
+                    await self._attest()
+                else:
                     raise
-                _logger.warning("attesting again: %s", error)
-                if error.reason in NODE_LOST:
-                    self._node = None
-                    self._connected.clear()
-                # Else beside the SVID we have: if it is the broker that is away, nothing is lost.
-                await self._attest()
             self._vain_doubts += doubt is not Doubt.NONE
         self._doubt = Doubt.NONE
         self._unanswered = 0
@@ -437,10 +448,22 @@ class NodeKeeper:
         # A broker that does not trust our certificate any more cannot say so: TLS merely breaks.
         return node.reattestable and error.reason in NO_ANSWER and failures >= _PATIENCE
 
+    async def _try_token(self, lost: IdentityError) -> None:
+        """Attests a node whose kept SVID is of no use by the token it was started with."""
+        try:
+            await self._attest()
+        except IdentityError as error:
+            if error.reason in NO_ANSWER:
+                raise
+            self._token_untried = False
+            # It is the old one: that the node is lost says more than "spent".
+            raise lost from error
+
     async def _attest(self) -> None:
         attested = await self._link.attest(self._trust.roots)
         _logger.info("node attested: %s", attested.material.spiffe_id)
         self._trust.take(attested.bundle, attested.bundle_message)
+        self._token_untried = False
         self._adopt(attested.material, reattestable=attested.reattestable)
 
     async def _renew(self, node: HeldNode) -> None:

@@ -41,6 +41,9 @@ class RevocationFeedStub:
     builds on `previous`, and a verifier that stands elsewhere has missed something: it keeps what
     it denies and calls again with `resume_from` 0. A message whose `complete` is false is followed
     by more of the same state; what it denies is denied at once.
+
+    An agent that does not hear its broker stays silent and calls nothing complete: to those behind
+    it the feed is lost, as the broker's is to the agent.
     Callers: node, workload, local, admin; at an agent every workload that has an identity.
     Retry: safe, after a random wait of up to `reconnect_spread_ms`.
     Reasons: MALFORMED_REQUEST, WATCH_LAGGED (the verifier read or acknowledged too slowly; call
@@ -58,6 +61,9 @@ class RevocationFeedAsyncStub(RevocationFeedStub):
     builds on `previous`, and a verifier that stands elsewhere has missed something: it keeps what
     it denies and calls again with `resume_from` 0. A message whose `complete` is false is followed
     by more of the same state; what it denies is denied at once.
+
+    An agent that does not hear its broker stays silent and calls nothing complete: to those behind
+    it the feed is lost, as the broker's is to the agent.
     Callers: node, workload, local, admin; at an agent every workload that has an identity.
     Retry: safe, after a random wait of up to `reconnect_spread_ms`.
     Reasons: MALFORMED_REQUEST, WATCH_LAGGED (the verifier read or acknowledged too slowly; call
@@ -78,6 +84,9 @@ class RevocationFeedServicer(metaclass=_abc_1.ABCMeta):
         builds on `previous`, and a verifier that stands elsewhere has missed something: it keeps what
         it denies and calls again with `resume_from` 0. A message whose `complete` is false is followed
         by more of the same state; what it denies is denied at once.
+
+        An agent that does not hear its broker stays silent and calls nothing complete: to those behind
+        it the feed is lost, as the broker's is to the agent.
         Callers: node, workload, local, admin; at an agent every workload that has an identity.
         Retry: safe, after a random wait of up to `reconnect_spread_ms`.
         Reasons: MALFORMED_REQUEST, WATCH_LAGGED (the verifier read or acknowledged too slowly; call

@@ -67,7 +67,8 @@ class SvidServicer:
         """Issues JWT-SVIDs, in order, each with its own status.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons, per item: ENTRY_NOT_AUTHORIZED, AUDIENCE_INVALID, POLICY_VIOLATION,
-        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE. Whole call: as BatchIssueX509.
+        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, IDENTITY_EPOCH (all tokens of the identity
+        issued up to this second were revoked: call again in the next). Whole call: as BatchIssueX509.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,8 @@ class SvidStub:
     """Issues JWT-SVIDs, in order, each with its own status.
     Callers: node. Retry: safe (each success is one more credential in the ledger).
     Reasons, per item: ENTRY_NOT_AUTHORIZED, AUDIENCE_INVALID, POLICY_VIOLATION,
-    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE. Whole call: as BatchIssueX509.
+    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, IDENTITY_EPOCH (all tokens of the identity
+    issued up to this second were revoked: call again in the next). Whole call: as BatchIssueX509.
     """
 
 @_typing.type_check_only
@@ -65,7 +66,8 @@ class SvidAsyncStub(SvidStub):
     """Issues JWT-SVIDs, in order, each with its own status.
     Callers: node. Retry: safe (each success is one more credential in the ledger).
     Reasons, per item: ENTRY_NOT_AUTHORIZED, AUDIENCE_INVALID, POLICY_VIOLATION,
-    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE. Whole call: as BatchIssueX509.
+    SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, IDENTITY_EPOCH (all tokens of the identity
+    issued up to this second were revoked: call again in the next). Whole call: as BatchIssueX509.
     """
 
 class SvidServicer(metaclass=_abc_1.ABCMeta):
@@ -94,7 +96,8 @@ class SvidServicer(metaclass=_abc_1.ABCMeta):
         """Issues JWT-SVIDs, in order, each with its own status.
         Callers: node. Retry: safe (each success is one more credential in the ledger).
         Reasons, per item: ENTRY_NOT_AUTHORIZED, AUDIENCE_INVALID, POLICY_VIOLATION,
-        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE. Whole call: as BatchIssueX509.
+        SIGNING_BACKEND_UNAVAILABLE, AUTHORITY_UNAVAILABLE, IDENTITY_EPOCH (all tokens of the identity
+        issued up to this second were revoked: call again in the next). Whole call: as BatchIssueX509.
         """
 
 def add_SvidServicer_to_server(servicer: SvidServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
