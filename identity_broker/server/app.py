@@ -167,7 +167,7 @@ class Broker:
 
     def _routes(self) -> list[Route]:
         routes = [
-            *crl_routes(self._revocation_lists),
+            *crl_routes(self._revocation_lists, clock=self._clock),
             *ocsp_routes(self._ocsp, clock=self._clock, metrics=self._metrics),
             *revocation_routes(
                 self._directory,

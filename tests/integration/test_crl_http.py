@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import AuthorityInformationAccessOID
 
+from identity_broker.domain.clock import Clock, SystemClock
 from identity_broker.errors import (
     AuthorityNotFound,
     AuthorityUnavailable,
@@ -23,8 +28,9 @@ from identity_broker.errors import (
     SigningBackendUnavailable,
 )
 from identity_broker.lifecycle.crl.document import ListDocument, ListKind
+from identity_broker.server.http import crl as crl_module
 from identity_broker.server.http.app import build_app
-from identity_broker.server.http.crl import crl_routes
+from identity_broker.server.http.crl import ListsBeingRead, crl_routes
 from identity_broker.server.http.listener import HttpListener
 from identity_broker.server.http.readiness import Readiness
 from identity_broker.telemetry.metrics import Metrics
@@ -43,6 +49,7 @@ from support.lists import (
     serials,
     signed_by,
 )
+from support.store import SettableClock
 
 HOLD = 6
 STOLEN = 1
@@ -219,7 +226,6 @@ class TestOneSite:
                 first = await client.get(url)
                 tag = first.headers["etag"]
                 assert first.headers["cache-control"] == "public, no-cache"
-                assert first.headers["last-modified"].endswith("GMT")
                 for asked in (tag, f'"other", W/{tag}', "*"):
                     again = await client.get(url, headers={"if-none-match": asked})
                     assert (again.status_code, again.content) == (304, b"")
@@ -334,19 +340,22 @@ class Published:
         return self.answer
 
 
-async def served(lists: Published) -> AsyncIterator[httpx.AsyncClient]:
+@asynccontextmanager
+async def served(lists: Published, clock: Clock | None = None) -> AsyncIterator[httpx.AsyncClient]:
     metrics = Metrics()
     app = build_app(
         readiness=Readiness({}, metrics),
         metrics=metrics,
         bundle=lambda: None,  # type: ignore[arg-type,return-value]
-        routes=crl_routes(lists),
+        routes=crl_routes(lists, clock=clock or SystemClock()),
     )
     listener = HttpListener("127.0.0.1:0", app)
     await listener.start()
-    async with httpx.AsyncClient(base_url=f"http://{listener.address}") as client:
-        yield client
-    await listener.stop(timedelta(seconds=1))
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{listener.address}") as client:
+            yield client
+    finally:
+        await listener.stop(timedelta(seconds=1))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +369,7 @@ async def served(lists: Published) -> AsyncIterator[httpx.AsyncClient]:
 async def test_what_cannot_be_had_now(
     error: BrokerError, status: int, retry_after: str | None
 ) -> None:
-    async for client in served(Published(error)):
+    async with served(Published(error)) as client:
         answer = await client.get("/crl/a.crl")
         assert answer.status_code == status
         assert answer.headers.get("retry-after") == retry_after
@@ -373,9 +382,126 @@ async def test_lists_of_any_length(octets: int) -> None:
     now = datetime.now(UTC)
     content = bytes(range(256)) * (octets // 256 + 1)
     document = ListDocument("a", ListKind.FULL, content[:octets], 1, now, now, now, 0)
-    async for client in served(Published(document)):
+    async with served(Published(document)) as client:
         assert (await client.get("/crl/a.crl")).content == content[:octets]
         text = await client.get("/crl/a.pem")
         assert text.headers["content-length"] == str(len(text.content))
         lines = text.content.splitlines()
         assert {len(line) for line in lines[1:-2]} <= {64}
+
+
+NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def document_of(der: bytes, number: int = 1, built_at: datetime = NOW) -> ListDocument:
+    until = built_at + timedelta(hours=1)
+    return ListDocument("a", ListKind.FULL, der, number, built_at, built_at, until, 0)
+
+
+def http_date(moment: datetime) -> str:
+    return format_datetime(moment, usegmt=True)
+
+
+async def test_a_reader_may_ask_by_date() -> None:
+    clock = SettableClock()
+    lists = Published(document_of(b"first", built_at=NOW + timedelta(milliseconds=200)))
+    second = timedelta(seconds=1)
+
+    async with served(lists, clock) as client:
+
+        async def asked(since: str, **headers: str) -> httpx.Response:
+            return await client.get("/crl/a.crl", headers={"if-modified-since": since, **headers})
+
+        # More lists may be made in this very second: no date tells them apart yet.
+        clock.time = NOW + timedelta(milliseconds=300)
+        early = await client.get("/crl/a.crl")
+        assert "last-modified" not in early.headers
+        assert (await asked(http_date(NOW))).status_code == 200
+        lists.answer = document_of(b"second", 2, NOW + timedelta(milliseconds=700))
+        clock.time = NOW + timedelta(milliseconds=900)
+        # What came first has the date of this second too, by the `Date` header of its answer.
+        assert (await asked(http_date(NOW))).content == b"second"
+
+        clock.time = NOW + 30 * second
+        assert (await asked(http_date(NOW))).content == b"second"
+        date = (await client.get("/crl/a.crl")).headers["last-modified"]
+        assert date == http_date(NOW + second)
+        for since in (date, http_date(NOW + 20 * second)):
+            known = await asked(since)
+            assert (known.status_code, known.content) == (304, b"")
+            assert known.headers["last-modified"] == date
+        for since in (http_date(NOW + 31 * second), "yesterday", "", "Thu, 99 Abc 1 1:1:1 GMT"):
+            assert (await asked(since)).status_code == 200, since
+        # The entity tag says more than a date.
+        assert (await asked(date, **{"if-none-match": '"1"'})).status_code == 200
+        assert (await asked(http_date(NOW), **{"if-none-match": '"2"'})).status_code == 304
+        lists.answer = document_of(b"third", 3, NOW + 29 * second)
+        assert (await asked(date)).content == b"third"
+
+
+@pytest.mark.parametrize("form", ["crl", "pem"])
+async def test_slow_readers_share_a_long_list(form: str) -> None:
+    """Each of them holds a piece of it and no more."""
+    long, readers = 35_000_000, 40
+    lists = Published(document_of(bytes(long)))
+    async with served(lists) as client:
+        url = client.base_url
+        asking = f"GET /crl/a.{form} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            opened = []
+            for _ in range(readers):
+                reader = socket.create_connection((url.host, url.port))
+                reader.sendall(asking)
+                opened.append(reader)
+            await asyncio.sleep(1.0)
+            now, most = tracemalloc.get_traced_memory()
+            assert [one.recv(12) for one in opened] == [b"HTTP/1.1 200"] * readers
+        finally:
+            tracemalloc.stop()
+            for reader in opened:
+                reader.close()
+        print(f"{readers} readers: {now - before:,} octets, at most {most - before:,}")
+        assert most - before < readers * 400_000 < long
+        # They were not served the whole of it by the kernel either.
+        assert now - before > readers * 40_000
+
+
+async def test_former_lists_are_taken_from_those_who_read_them_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reader that waits at every list that is made must not keep them all in memory."""
+    monkeypatch.setattr(crl_module, "MOST_READ_OCTETS", 1_000_000)
+    read = ListsBeingRead()
+    lists = [bytes([number]) * 400_000 for number in range(5)]
+    slow = [read.pieces(der, pem=False) for der in lists]
+    for number, reader in enumerate(slow):
+        assert (await anext(reader))[0] == number
+        assert read.octets <= 1_000_000
+    got = [sum([len(piece) async for piece in reader]) + 48 * 1024 for reader in slow]
+    assert got == [48 * 1024] * 3 + [400_000] * 2
+    assert read.octets == 0
+    # One that is longer than that is read all the same.
+    assert sum([len(one) async for one in read.pieces(bytes(2_000_000), pem=False)]) == 2_000_000
+    # Who breaks off lets go of it.
+    broken = read.pieces(lists[0], pem=True)
+    await anext(broken)
+    assert read.octets == 400_000
+    await broken.aclose()
+    assert read.octets == 0
+
+
+async def test_a_reader_whose_list_was_taken_away_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crl_module, "MOST_READ_OCTETS", 1)
+    lists = Published(document_of(bytes(30_000_000)))
+    async with served(lists) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with client.stream("GET", "/crl/a.crl") as answer:
+                assert answer.status_code == 200
+                lists.answer = document_of(b"the next one", 2)
+                async with client.stream("GET", "/crl/a.crl") as other:
+                    assert await other.aread() == b"the next one"
+                async for _ in answer.aiter_raw():
+                    pass
+        assert (await client.get("/crl/a.crl")).content == b"the next one"

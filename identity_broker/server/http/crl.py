@@ -7,21 +7,26 @@ GET /crl/AUTHORITY/5-of-64.crl  the part that certificates name as their distrib
 
 - DER with `.crl` (RFC 5280 section 4.2.1.13, RFC 2585), the same as PEM with `.pem`.
 - Caches may keep a list and have to ask whether it is still the one: there is news at any moment.
-- A long list is sent piece by piece: a reader that is slow holds a piece, not a copy.
+- A date tells lists apart by the second, and several may be made in one: `Last-Modified` is the
+  second after, and there is none before that has come.
+- A long list is sent piece by piece: a reader that is slow holds a piece, not a copy. Former lists
+  that some still read are kept to `MOST_READ_OCTETS`; then the oldest one's readers are cut off.
 """
 
 from __future__ import annotations
 
 import binascii
-from collections.abc import Iterator
-from datetime import datetime
-from email.utils import format_datetime
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any, Final, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from identity_broker.domain.clock import Clock
 from identity_broker.errors import BrokerError, NotFoundError
 from identity_broker.lifecycle.crl.document import ListDocument, ListKind
 from identity_ca.distribution import DistributionPoints, Shard
@@ -31,6 +36,7 @@ _DER: Final = "application/pkix-crl"
 _PEM: Final = "application/x-pem-file"
 _DELTA: Final = "delta"
 _NOSNIFF: Final = {"x-content-type-options": "nosniff"}
+MOST_READ_OCTETS: Final = 256 * 1024 * 1024
 _PIECE: Final = 48 * 1024
 """Octets; a multiple of 48, so that a piece of PEM is whole lines."""
 
@@ -48,8 +54,9 @@ class PublishedLists(Protocol):
     ) -> ListDocument: ...
 
 
-def crl_routes(lists: PublishedLists) -> list[Route]:
+def crl_routes(lists: PublishedLists, *, clock: Clock) -> list[Route]:
     """The routes, for `app.build_app`."""
+    read = ListsBeingRead()
 
     async def index(_request: Request) -> Response:
         content = {"lists": [_described(one, lists.points) for one in lists.full_lists()]}
@@ -81,7 +88,7 @@ def crl_routes(lists: PublishedLists) -> list[Route]:
             return _refused(404, error.public)
         except BrokerError as error:
             return _refused(503, error.public, retry_after=error.retry_after or 1.0)
-        return _sent(request, document, form)
+        return _sent(request, document, form, clock.now(), read)
 
     return [
         Route("/crl", index, methods=["GET"]),
@@ -90,39 +97,95 @@ def crl_routes(lists: PublishedLists) -> list[Route]:
     ]
 
 
-def _sent(request: Request, document: ListDocument, form: str) -> Response:
+def _sent(
+    request: Request, document: ListDocument, form: str, now: datetime, read: ListsBeingRead
+) -> Response:
     """The list, or that it is the one the asker has."""
     pem = form == "pem"
     headers = {
         **_NOSNIFF,
         "etag": document.etag if not pem else f'{document.etag[:-1]}-pem"',
-        "last-modified": format_datetime(document.built_at, usegmt=True),
         "expires": format_datetime(document.next_update, usegmt=True),
         "cache-control": "public, no-cache",
     }
-    asked = {
-        tag.strip().removeprefix("W/")
-        for tag in request.headers.get("if-none-match", "").split(",")
-    }
-    if headers["etag"] in asked or "*" in asked:
+    modified_at = document.built_at.replace(microsecond=0) + timedelta(seconds=1)
+    if modified_at <= now:
+        headers["last-modified"] = format_datetime(modified_at, usegmt=True)
+    if _is_known(request, headers["etag"], modified_at, now):
         return Response(status_code=304, headers=headers)
     headers["content-type"] = _PEM if pem else _DER
     octets = len(document.der)
     headers["content-length"] = str(_pem_octets(octets) if pem else octets)
     if request.method == "HEAD":
         return Response(headers=headers)
-    pieces = _pem_pieces(document.der) if pem else _pieces(document.der)
-    return StreamingResponse(_awaited(pieces), headers=headers)
+    return StreamingResponse(read.pieces(document.der, pem=pem), headers=headers)
 
 
-async def _awaited(pieces: Iterator[bytes]) -> Any:
-    for piece in pieces:
-        yield piece
+def _is_known(request: Request, etag: str, modified_at: datetime, now: datetime) -> bool:
+    """Whether the asker has it; the entity tag says more than the date (RFC 9110, 13.2.2)."""
+    tags = request.headers.get("if-none-match")
+    if tags is not None:
+        asked = {tag.strip().removeprefix("W/") for tag in tags.split(",")}
+        return etag in asked or "*" in asked
+    try:
+        since = parsedate_to_datetime(request.headers.get("if-modified-since", ""))
+    except ValueError:
+        return False
+    if since.tzinfo is None:
+        since = since.replace(tzinfo=UTC)
+    # A date that is yet to come would be later than any news.
+    return modified_at <= since <= now
 
 
-def _pieces(der: bytes) -> Iterator[bytes]:
-    for at in range(0, len(der), _PIECE):
-        yield der[at : at + _PIECE]
+@dataclass(slots=True, eq=False)
+class _Read:
+    """A list while some read it; `der` is empty when it was taken from them."""
+
+    der: bytes
+    readers: int = 0
+
+
+class ListsBeingRead:
+    """Shares every list among its readers, and bounds what former lists they keep in memory."""
+
+    def __init__(self) -> None:
+        # By identity, the oldest first.
+        self._lists: dict[int, _Read] = {}
+
+    @property
+    def octets(self) -> int:
+        """Of all lists that are being read, each once."""
+        return sum(len(one.der) for one in self._lists.values())
+
+    async def pieces(self, der: bytes, *, pem: bool) -> AsyncGenerator[bytes, None]:
+        """The list piece by piece; it ends too soon when the list is taken from its readers."""
+        octets, one = len(der), self._take(der)
+        del der  # it is for `one` to hold, and to let go
+        try:
+            if pem:
+                yield _BEGIN
+            for at in range(0, octets, _PIECE):
+                piece = one.der[at : at + _PIECE]
+                if not piece:
+                    return  # the announced length tells the reader that it is not whole
+                yield _pem_lines(piece) if pem else piece
+            if pem:
+                yield _END
+        finally:
+            self._leave(one)
+
+    def _take(self, der: bytes) -> _Read:
+        one = self._lists.setdefault(id(der), _Read(der))
+        one.readers += 1
+        while len(self._lists) > 1 and self.octets > MOST_READ_OCTETS:
+            oldest = next(key for key in self._lists if key != id(der))
+            self._lists.pop(oldest).der = b""
+        return one
+
+    def _leave(self, one: _Read) -> None:
+        one.readers -= 1
+        if not one.readers and self._lists.get(id(one.der)) is one:
+            del self._lists[id(one.der)]
 
 
 _BEGIN: Final = b"-----BEGIN X509 CRL-----\n"
@@ -130,13 +193,10 @@ _END: Final = b"-----END X509 CRL-----\n"
 _LINE: Final = 64
 
 
-def _pem_pieces(der: bytes) -> Iterator[bytes]:
-    yield _BEGIN
-    for piece in _pieces(der):
-        text = binascii.b2a_base64(piece, newline=False)
-        lines = [text[at : at + _LINE] for at in range(0, len(text), _LINE)]
-        yield b"\n".join(lines) + b"\n"
-    yield _END
+def _pem_lines(piece: bytes) -> bytes:
+    text = binascii.b2a_base64(piece, newline=False)
+    lines = [text[at : at + _LINE] for at in range(0, len(text), _LINE)]
+    return b"\n".join(lines) + b"\n"
 
 
 def _pem_octets(octets: int) -> int:
