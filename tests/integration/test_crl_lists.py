@@ -352,6 +352,62 @@ async def test_a_full_disk_is_waited_out_and_told(
     running.cancel()
 
 
+async def test_no_list_is_signed_while_the_change_feed_is_lost(
+    parts: Parts, lists: RevocationLists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh time would say that there is nothing else revoked."""
+    monkeypatch.setattr(authority_module, "_RETRY_SECONDS", 0.02)
+    await parts.admit()
+    asked, other = await parts.svid(), await parts.svid()
+    while shard_for(asked.serial) == shard_for(other.serial):
+        other = await parts.svid()
+
+    async def known() -> list[x509.CertificateRevocationList]:
+        return [
+            await crl_of(lists, parts, ListKind.FULL),
+            await crl_of(lists, parts, ListKind.DELTA),
+            await crl_of(lists, parts, ListKind.SHARD, asked.serial),
+        ]
+
+    before, told = await known(), lists.current
+    parts.directory._followed_at -= 60
+    parts.clock.time += VALIDITY / 2 + MINUTE
+    with pytest.raises(StoreUnavailable):
+        await lists.rebuild()
+    assert await known() == before
+    assert lists.current == told
+    with pytest.raises(StoreUnavailable):
+        await lists.check()
+    await asyncio.sleep(0.03)
+    with pytest.raises(StoreUnavailable):
+        await lists.document(active(parts), ListKind.SHARD, shard_for(other.serial))
+    parts.directory._followed_at += 60
+    await asyncio.sleep(0.03)
+    assert await lists.rebuild()
+    for old, new in zip(before, await known(), strict=True):
+        assert new.last_update_utc > old.last_update_utc
+    await lists.check()
+
+
+async def test_a_feed_that_is_back_is_soon_followed_by_lists(
+    parts: Parts, lists: RevocationLists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it was away."""
+    monkeypatch.setattr(lists_module, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(lists_module, "_LOOK_SECONDS", 0.02)
+    before = lists.current
+    parts.directory._followed_at -= 60
+    parts.clock.time += VALIDITY / 2 + MINUTE
+    running = asyncio.create_task(lists.run())
+    await asyncio.sleep(2.0)
+    assert lists.current == before
+    parts.directory._followed_at += 60
+    async with asyncio.timeout(0.5):
+        while lists.current == before:
+            await asyncio.sleep(0.01)
+    running.cancel()
+
+
 async def test_a_long_list_costs_a_bounded_share_of_a_cpu(parts: Parts) -> None:
     """News every few milliseconds: full lists are made at most a tenth of the time."""
     authority_id = active(parts)

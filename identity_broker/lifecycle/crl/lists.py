@@ -5,7 +5,8 @@
 - Nodes are told full lists at the pace that the network can take; those who ask get the newest.
 - Numbers only grow, across restarts too; see `numbers`.
 - An authority has lists until it expires, trusted or not; one whose key is lost has no new ones.
-- A list that cannot be signed leaves the former one in force, and is tried again.
+- A list that cannot be signed leaves the former one in force, and is tried again. None is signed
+  while the change feed is lost.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from identity_broker.errors import (
     AuthorityUnavailable,
     BrokerError,
     SigningBackendUnavailable,
+    StoreUnavailable,
 )
 from identity_broker.lifecycle.crl.authority import AuthorityLists
 from identity_broker.lifecycle.crl.document import ListDocument, ListKind
@@ -48,6 +50,7 @@ MOST_TOLD_OCTETS = 48 * 1024 * 1024
 _LOOK_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 _MOST_DOUBLINGS = 5
+_MOST_DOUBLINGS_OF_STORE = 2
 _SILENCE_SECONDS = 10.0
 _SHARDS_WITHOUT_ADDRESS = 1
 
@@ -76,6 +79,7 @@ class RevocationLists:
         pace: Callable[[int], timedelta] = lambda _octets: timedelta(0),
     ) -> None:
         self._signing = signing
+        self._directory = directory
         self._clock = clock
         self._metrics = metrics or Metrics()
         self._pace = pace
@@ -84,6 +88,7 @@ class RevocationLists:
         self._press = ListPress(
             signing=signing,
             numbers=numbers,
+            up_to_date=directory.check,
             clock=clock,
             validity=validity,
             points=points,
@@ -157,6 +162,7 @@ class RevocationLists:
         Raises:
             StoreUnavailable, SigningBackendUnavailable: not for a while; the former ones stand.
         """
+        await self._directory.check()
         failure = self._failure
         if failure is not None and time.monotonic() - self._failing_since > _SILENCE_SECONDS:
             raise type(failure)(
@@ -195,7 +201,7 @@ class RevocationLists:
             while True:
                 if failures:
                     # News does not hurry a key manager that is away.
-                    await asyncio.sleep(_RETRY_SECONDS * 2 ** min(failures - 1, _MOST_DOUBLINGS))
+                    await asyncio.sleep(self._hold_off(failures))
                 else:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._rest()):
@@ -218,6 +224,12 @@ class RevocationLists:
 
     async def _look_above(self) -> bool:
         return await self._upstream.look() and self._publish()
+
+    def _hold_off(self, failures: int) -> float:
+        # Nothing is known of revocations while the store is away: it must not last any longer.
+        lost = isinstance(self._failure, StoreUnavailable)
+        most = _MOST_DOUBLINGS_OF_STORE if lost else _MOST_DOUBLINGS
+        return _RETRY_SECONDS * 2.0 ** min(failures - 1, most)
 
     def _rest(self) -> float:
         """How long there is nothing to do, unless there is news."""

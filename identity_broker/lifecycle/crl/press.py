@@ -1,9 +1,12 @@
-"""Makes one list: entries, a number, the times and a signature."""
+"""Makes one list: entries, a number, the times and a signature.
+
+- No list is signed while it is not known what was revoked: a fresh time would say that it is.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 
 from identity_broker.domain.clock import Clock
@@ -23,6 +26,7 @@ class ListPress:
     """Signs lists of any authority.
 
     Args:
+        up_to_date: raises StoreUnavailable while there may be revocations that nobody told us of.
         validity: from a list's making to its next update.
         points: what the lists' addresses are; None when there is no public one.
 
@@ -35,6 +39,7 @@ class ListPress:
         *,
         signing: Signing,
         numbers: ListNumbers,
+        up_to_date: Callable[[], Awaitable[None]],
         clock: Clock,
         validity: timedelta,
         points: DistributionPoints | None,
@@ -42,6 +47,7 @@ class ListPress:
     ) -> None:
         self._signing = signing
         self._numbers = numbers
+        self._up_to_date = up_to_date
         self._clock = clock
         self._metrics = metrics
         self.validity = validity
@@ -76,6 +82,7 @@ class ListPress:
             StoreUnavailable, SigningBackendUnavailable: not now.
             PolicyViolation, InvariantViolated: the authority may not sign lists.
         """
+        await self._up_to_date()
         started = time.perf_counter()
         number = await self._numbers.next(authority.id)
         now = self._clock.now()

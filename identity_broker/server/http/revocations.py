@@ -7,6 +7,8 @@ GET /revocations   {"trust_domain", "sequence", "issued_at", "refresh_hint",
 - A JWT-SVID is to be refused when its `jti` is listed, when its `iat` is not after its subject's
   "iat", or when its `kid` is among the authorities; X.509-SVIDs are for the revocation lists.
 - The whole state of one moment, from memory; the entity tag is the change feed's position.
+- 503 while the change feed is lost: what was revoked since is not known, and no verifier is to
+  take the former state for the present one.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from identity_broker.domain.clock import Clock
 from identity_broker.domain.credential import CredentialKind, Revocation
 from identity_broker.domain.revocation import IdentityEpoch
+from identity_broker.errors import BrokerError
 from identity_ca.spiffe_id import TrustDomain
 
 _REFRESH_SECONDS: Final = 5
@@ -39,6 +42,9 @@ class Denials(Protocol):
 
     def denied_authorities(self) -> Sequence[str]: ...
 
+    async def check(self) -> None:
+        """Raise a BrokerError when the change feed is lost."""
+
 
 def revocation_routes(
     denials: Denials, *, trust_domain: TrustDomain, clock: Clock
@@ -46,6 +52,10 @@ def revocation_routes(
     """The route."""
 
     async def revocations(request: Request) -> Response:
+        try:
+            await denials.check()
+        except BrokerError as error:
+            return _refused(error)
         headers = {
             "etag": f'"{denials.seq}"',
             "cache-control": f"public, max-age={_REFRESH_SECONDS}",
@@ -83,3 +93,12 @@ def revocation_routes(
         )
 
     return (Route("/revocations", revocations, methods=["GET"]),)
+
+
+def _refused(error: BrokerError) -> Response:
+    headers = {
+        "cache-control": "no-store",
+        "retry-after": str(max(1, round(error.retry_after or 1.0))),
+        "x-content-type-options": "nosniff",
+    }
+    return JSONResponse({"error": error.public, "reason": error.reason}, 503, headers=headers)
