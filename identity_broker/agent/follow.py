@@ -164,7 +164,10 @@ class Follower:
             return
         back = not self.hearing.connected
         self._note(update)
-        self._to.relay.told(changed.denied)
+        self._to.relay.told(
+            changed.denied,
+            concerned=bool(update.revocations or update.released_ids or update.epochs),
+        )
         self._to.identities.withdraw(withdrawn=False)  # It would not talk to a banned node.
         self._spread(changed)
         if back:

@@ -258,8 +258,13 @@ class Relay:
 
     # --- what happened --------------------------------------------------------------------------
 
-    def told(self, change: DeniedChange) -> None:
-        """The broker was heard, and the mirror has applied what it said."""
+    def told(self, change: DeniedChange, *, concerned: bool = False) -> None:
+        """The broker was heard, and the mirror has applied what it said.
+
+        Args:
+            concerned: it was about what is to be refused, if only what was refused before. Then
+                everybody says at once that he has it: somebody may be waiting for that.
+        """
         revision = self._mirror.revision
         if revision < self.sequence:
             self._go_back(revision)
@@ -267,7 +272,7 @@ class Relay:
             self.sequence = revision
         elif change:
             self._append(parts_of(change), is_heartbeat=False)
-        elif self._owes_complete and self.is_fresh():
+        elif self._owes_complete or (concerned and revision > self.sequence):
             self.beat()
 
     def beat(self) -> None:

@@ -44,6 +44,8 @@ MOST_ORDERS = 1000
 """Orders that are kept, verifier by verifier."""
 MOST_MARKS = 100_000
 """Verifiers of all kept orders together, the last order's aside."""
+MOST_SENT_AWAY = 10_000
+"""Verifiers that the broker sent away, and that are remembered for an order under way."""
 MOST_AWAY = 1000
 """Nodes of one order that are named as away."""
 
@@ -164,6 +166,7 @@ class Propagation:
         self._awaited: dict[Verifier, set[str]] = {}
         self._commit = asyncio.Event()
         self._unread: set[str] = set()
+        self._sent_away: dict[Verifier, datetime] = {}
         self._began_at = clock.now()
         verifiers.watch(self)
         directory.listen(self._on_update)
@@ -189,6 +192,8 @@ class Propagation:
             since -= age or 0.0
             tracked = self._track(order, since, seen=age is not None)
             connected = list(self._verifiers)
+            if tracked.seen:
+                self._excuse(tracked)
         elif tracked.sequence >= order.sequence:
             return
         else:
@@ -203,6 +208,14 @@ class Propagation:
         self._forget_oldest()
         self._commit.set()
         self._commit = asyncio.Event()
+
+    def _excuse(self, tracked: _Tracked) -> None:
+        """Enter whom the order itself sent away, before all of it was committed."""
+        for verifier, at in self._sent_away.items():
+            if at >= tracked.order.ordered_at:
+                tracked.marks[verifier] = _Mark(tracked.since, is_excused=True)
+                self._marks += 1
+                self._awaited.setdefault(verifier, set()).add(tracked.order.id)
 
     def _age_of(self, order: RevocationOrder) -> float | None:
         """Seconds since the commit; None where it happened without this process."""
@@ -389,6 +402,7 @@ class Propagation:
 
     def came(self, verifier: Verifier) -> None:
         """A verifier is connected, perhaps again."""
+        self._sent_away.pop(verifier, None)
         for order_id in self._awaited.get(verifier, ()):
             tracked = self._orders[order_id]
             tracked.marks[verifier].is_excused = False
@@ -398,6 +412,10 @@ class Propagation:
 
     def left(self, verifier: Verifier, *, sent_away: bool) -> None:
         """A verifier is not connected any more: nobody waits for it."""
+        if sent_away:
+            self._sent_away[verifier] = self._clock.now()
+            if len(self._sent_away) > MOST_SENT_AWAY:
+                del self._sent_away[next(iter(self._sent_away))]
         for order_id in self._awaited.get(verifier, ()):
             tracked = self._orders[order_id]
             tracked.marks[verifier].is_excused = sent_away or self._took_away(

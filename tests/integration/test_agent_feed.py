@@ -181,6 +181,27 @@ async def test_the_broker_hears_who_follows_and_what_each_has(
     await agent.until(lambda: agent.agent.report().followers == 0)
 
 
+async def test_what_is_revoked_for_a_better_reason_is_acknowledged_at_once(
+    agent: RunningAgent, broker: RunningBroker
+) -> None:
+    revocations = await broker.revocations()
+    name = f"{WEB}/{os.getpid()}"
+    async with verifier(agent.channel()) as one:
+        await until(lambda: bool(one.complete_at))
+        held = credential_pb2.REVOCATION_REASON_CERTIFICATE_HOLD
+        await broker.revoke(id=serial, reason=held)
+        await until(lambda: serial in one.denied)
+        worse = credential_pb2.REVOCATION_REASON_KEY_COMPROMISE
+        answer = await broker.revoke(id=serial, reason=worse)
+        assert answer.revocation.revoked == 1
+        status = await revocations.Get(
+            revocation_pb2.GetRevocationRequest(id=answer.revocation.id, wait_ms=10_000)
+        )
+        [found] = [each for each in status.propagation.verifiers if each.name == name]
+        assert found.state == revocation_pb2.VERIFIER_STATE_ACKNOWLEDGED
+        assert found.latency_ms < 1000
+
+
 # --- who ------------------------------------------------------------------------------------------
 
 

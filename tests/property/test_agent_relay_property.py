@@ -83,7 +83,9 @@ class Site:
     def hear(self, told: SyncUpdate, tick: float = 0.0) -> DeniedChange:
         self.heard = True
         changed = self.mirror.apply(told, now=NOW, tick=tick)
-        self.relay.told(changed.denied)
+        self.relay.told(
+            changed.denied, concerned=bool(told.revocations or told.released_ids or told.epochs)
+        )
         return changed.denied
 
     def tell(self, step: int = 1, **fields: Any) -> None:
@@ -358,6 +360,22 @@ async def test_heartbeats_left_out_leave_no_gap() -> None:
     assert len(one.messages) == 2
     await one.leave()
     await late.leave()
+
+
+async def test_what_teaches_nothing_new_is_acknowledged_at_once() -> None:
+    site = Site()
+    one = Told(site)
+    again = revoked("a" * 40)
+    site.tell(revocations=(again,))
+    await one.read_all()
+    site.tell(revocations=(again,))
+    await one.read_all()
+    # Whoever waits for its acknowledgement does not wait for the next heartbeat.
+    assert one.follower.acknowledged == site.mirror.revision
+    number = site.relay.number
+    site.tell()  # about something else
+    assert site.relay.number == number
+    await one.leave()
 
 
 async def test_everybody_is_sent_the_same_octets() -> None:

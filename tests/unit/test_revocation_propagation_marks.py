@@ -455,6 +455,24 @@ async def test_who_was_sent_away_is_excused_until_it_is_back(world: World) -> No
     assert (await world.propagation.report(order)).within_objective_permille == 0
 
 
+async def test_whom_an_order_sent_away_before_its_commit_is_gone_not_away(world: World) -> None:
+    world.concerned = [HERE, THERE]
+    before, banned = world.enter(THERE), world.enter(HERE)
+    world.verifiers.leave(before, sent_away=True)
+    world.pass_time(1)
+    order = world.order()
+    world.pass_time(0.1)
+    world.verifiers.leave(banned, sent_away=True)
+    world.pass_time(0.1)
+    world.propagation.begun(replace(order, committed_at=world.clock.now()))
+    await world.read(11)
+    assert await world.states(order) == {HERE: (GONE, -1), THERE: (AWAY, -1)}
+    world.propagation.close(order)
+    assert not world.outcomes
+    world.acknowledge(world.enter(HERE), 11)
+    assert (await world.states(order))[HERE][0] is ACKNOWLEDGED
+
+
 @pytest.mark.parametrize(
     ("subject", "hold", "excused"),
     [
