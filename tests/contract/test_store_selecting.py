@@ -293,3 +293,48 @@ async def test_identities_and_nodes_are_shown_as_far_as_anybody_reads(store: Sto
     everything = await store.read(lambda r: r.credentials.count(selecting("spiffe-id=/*"), NOW))
     assert (everything.live_x509, everything.live_jwt) == (301, 1)
     assert PARENT in everything.node_ids or everything.node_count == 131
+
+
+async def test_nodes_are_stranded_whose_own_svid_goes_and_that_have_no_way_back(
+    store: Store,
+) -> None:
+    names = ["lost", "also-lost", "back", "banned", "elsewhere", "revoked", "past"]
+    known = {
+        name: node(
+            name,
+            serial=f"{number:040x}",
+            reattestable=name == "back",
+            banned=name == "banned",
+        )
+        for number, name in enumerate(names)
+    }
+    own = [
+        intent(
+            one.serial,
+            spiffe_id=one.spiffe_id,
+            node_id=one.spiffe_id,
+            authority_id="other" if name == "elsewhere" else "old",
+            not_after=NOW if name == "past" else NOW + HOUR,
+        )
+        for name, one in known.items()
+    ]
+    # Of an SVID that the node has replaced nobody misses anything.
+    before = intent(spiffe_id=known["elsewhere"].spiffe_id, authority_id="old")
+    await store.ledger.intend([*own, before])
+
+    def put(repos: Repositories) -> None:
+        for one in known.values():
+            repos.nodes.upsert(one)
+
+    await store.write(put)
+    await store.write(revoking(f"serial={known['revoked'].serial}"))
+
+    def stranded(expression: str, size: int) -> Any:
+        return store.read(lambda r: r.nodes.stranded_by(selecting(expression), NOW, size))
+
+    lost, also = known["lost"].spiffe_id, known["also-lost"].spiffe_id
+    assert await stranded("authority=old", 9) == ((also, lost), 2)
+    assert await stranded("authority=old", 1) == ((also,), 2)
+    assert await stranded("spiffe-id=/idb/node/join_token/l* kind=x509", 9) == ((lost,), 1)
+    assert await stranded("owner=nobody", 9) == ((), 0)
+    assert await stranded("entry=other issued-after=2h", 9) == ((), 0)
