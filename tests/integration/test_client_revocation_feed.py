@@ -411,7 +411,7 @@ async def test_the_file_keeps_all_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
         {"sequence": -1},
         {"sequence": 2**64},
         {"sequence": "7"},

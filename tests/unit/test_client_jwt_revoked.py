@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from datetime import timedelta
 from typing import Any
 
 import jwt
 import pytest
+from spiffe import JwtSvid
 
-from identity_client import PeerRevoked
+from identity_client import IdentityRevoked, PeerRevoked
 from identity_client.clock import utc_now
-from identity_client.jwt_cache import CachedToken, JwtCache
+from identity_client.jwt_cache import CachedToken, JwtCache, JwtKey
 from identity_client.jwt_check import is_revoked
+from identity_client.jwt_fetch import JwtFetcher
 from identity_client.revocation import IdentityEpoch, RevokedCredential
 from identity_client.testing import FakeIdentitySource, FakeTrustDomain
 
@@ -85,3 +89,49 @@ def test_our_own_tokens_are_not_handed_out_any_more(
     api.denied.raise_epoch(IdentityEpoch(WEB, moment + 1, moment + 600))
     assert cache.fresh(key, denied=api.denied, now=now) is None
     assert cache.fallback(key, denied=api.denied, now=now) is None
+
+
+class Issuing:
+    """Issues what a test says; of a real holder's identity."""
+
+    def __init__(self, source: FakeIdentitySource, ages: list[int]) -> None:
+        self.source = source
+        self.ages = ages  # in seconds, of the tokens to come; the last for ever
+        self.asked: list[float] = []
+
+    async def __call__(self, key: JwtKey) -> CachedToken:
+        now = utc_now()
+        age = self.ages[min(len(self.asked), len(self.ages) - 1)]
+        self.asked.append(now.timestamp())
+        text = token(self.source._domain, iat=int(now.timestamp()) - age, sub=key[0])
+        svid = JwtSvid.parse_insecure(text, {"orders"})
+        return CachedToken(svid=svid, jti="abcd", received=now, expires_at=now + HOUR)
+
+
+async def test_what_is_issued_in_the_second_of_the_revocation_is_not_handed_out(
+    domain: FakeTrustDomain,
+) -> None:
+    web = domain.source(WEB)
+    await asyncio.sleep(1 - time.time() % 1)  # A second begins: what comes now is of it.
+    moment = int(time.time())
+    web.denied.raise_epoch(IdentityEpoch(WEB, moment, moment + 600))
+    issuing = Issuing(web, [0])
+    fetcher = JwtFetcher(web._holder, issuing)
+    svids = await asyncio.gather(*(fetcher.fetch(["orders"]) for _ in range(3)))
+    assert len({one.token for one in svids}) == 1
+    assert not is_revoked(svids[0], web.denied)
+    assert int(issuing.asked[0]) == moment
+    assert len(issuing.asked) == 2
+    assert (await fetcher.fetch(["orders"])).token == svids[0].token
+
+
+async def test_whoever_is_issued_nothing_but_what_is_revoked_is_told(
+    domain: FakeTrustDomain,
+) -> None:
+    web = domain.source(WEB)
+    moment = int(time.time())
+    web.denied.raise_epoch(IdentityEpoch(WEB, moment, moment + 600))
+    issuing = Issuing(web, [60])
+    with pytest.raises(IdentityRevoked):
+        await JwtFetcher(web._holder, issuing).fetch(["orders"])
+    assert len(issuing.asked) == 3
