@@ -6,13 +6,14 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from identity_api.broker.v1 import credential_pb2, entry_pb2, entry_pb2_grpc, types_pb2
-from identity_client import PeerRevoked, SourceState
+from identity_broker.agent.relay import HEARTBEAT_SECONDS
+from identity_client import PeerRevoked, RevocationsStale, SourceState, StalenessPolicy
 from identity_client.aio import IdentitySource
 from identity_client.integrations.grpc import secure_channel_aio
 from identity_client.peer import check_current, peer_from_pem
@@ -160,3 +161,38 @@ async def test_an_agent_that_was_restarted_is_found_again(
         async with running_agent(broker, directory, settings=settings):
             await until(lambda: source.snapshot().serial != before.serial, seconds=10)
             assert str(source.snapshot().spiffe_id) == WEB
+
+
+async def test_silence_is_refused_behind_an_agent_whose_broker_is_gone(tmp_path: Path) -> None:
+    """The agent still sends the lists it has, good for an hour, and they are no news."""
+    policy = StalenessPolicy.refuse(2)
+    gone = AsyncExitStack()
+    async with AsyncExitStack() as kept:
+        settings = settings_in(tmp_path / "idb", ca={"key_manager": "memory"})
+        await kept.enter_async_context(gone)
+        broker = await gone.enter_async_context(running(settings))
+        for path in ("/web", "/api"):
+            await broker.entry(path, "machine", selectors=[MINE])
+        agent = await kept.enter_async_context(running_agent(broker, tmp_path / "agent"))
+        api = await kept.enter_async_context(ready(agent, API))
+        address = await kept.enter_async_context(echo_server_aio(api, [WEB]))
+        source = await kept.enter_async_context(
+            IdentitySource.from_workload_api(agent.workload_api, spiffe_id=WEB, staleness=policy)
+        )
+        snapshot = await source.wait_ready(10)
+        assert source.status().revocations_synced
+        assert source.denied.lists_synced
+        peer = peer_from_pem(snapshot.x509.chain_pem)
+        await gone.aclose()
+        # A heartbeat of the agent may still be under way.
+        await until(lambda: source.status().revocations_stale, seconds=HEARTBEAT_SECONDS + 4)
+        deadline = time.monotonic() + HEARTBEAT_SECONDS + 1
+        while time.monotonic() < deadline:
+            with pytest.raises(RevocationsStale):
+                check_current(peer, source.denied)
+            await asyncio.sleep(0.2)
+        assert source.status().revocations_stale
+        assert source.denied.lists_synced
+        async with secure_channel_aio(source, address, peer=API) as channel:
+            with pytest.raises(RevocationsStale):
+                await channel.unary_unary(NAMES["unary_unary"])(b"hello", timeout=5)
