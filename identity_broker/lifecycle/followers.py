@@ -38,8 +38,8 @@ class Hello:
 
     @property
     def verifier_name(self) -> str:
-        """What an operator calls it."""
-        return f"{self.caller}/{self.name}" if self.name else self.caller
+        """What an operator calls it: no name it gives itself looks like another's SPIFFE ID."""
+        return f"{self.caller} ({self.name})" if self.name else self.caller
 
 
 class Follower(AcknowledgedStream):

@@ -156,6 +156,11 @@ class NodeStream(AcknowledgedStream):
         parents: the parents whose entries the node may have.
         version: of the agent, as it says.
         monotonic: seconds that only grow.
+
+    Attributes:
+        identities: SPIFFE IDs of the node's entries, and the digest of the entries they are of;
+            kept for reports.
+        said_others: whether the log says that it reports verifiers of other identities.
     """
 
     def __init__(
@@ -174,6 +179,8 @@ class NodeStream(AcknowledgedStream):
         # The first message makes up for all that came before, not just for the latest change.
         self.waiting.since = 0
         self.revision = 0
+        self.identities: tuple[int, frozenset[str]] | None = None
+        self.said_others = False
 
     @property
     def has_news(self) -> bool:

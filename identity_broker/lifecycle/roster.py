@@ -62,6 +62,17 @@ class _Wait:
             self.over.set()
 
 
+@dataclass(eq=False, slots=True)
+class _Behind:
+    """A workload behind a node, and the revision it has acknowledged."""
+
+    verifier: Verifier
+    revision: int
+
+    def has(self, position: int) -> bool:
+        return self.revision >= position
+
+
 class Roster:
     """The streams of connected nodes.
 
@@ -78,7 +89,7 @@ class Roster:
         self._on_count = on_count
         self._verifiers = verifiers if verifiers is not None else Verifiers()
         self._nodes: dict[SpiffeId, list[NodeStream]] = {}
-        self._behind: dict[SpiffeId, dict[Verifier, int]] = {}
+        self._behind: dict[SpiffeId, dict[str, _Behind]] = {}
         self._waits: set[_Wait] = set()
 
     def __len__(self) -> int:
@@ -142,22 +153,24 @@ class Roster:
         self, node_id: SpiffeId, reported: Mapping[str, int], *, sent_away: bool = False
     ) -> None:
         behind = self._behind.setdefault(node_id, {})
-        told = {
-            Verifier(VerifierKind.BEHIND, name, str(node_id)): revision
-            for name, revision in reported.items()
-        }
-        for verifier in behind.keys() - told.keys():
-            del behind[verifier]
-            self._verifiers.leave(verifier, sent_away=sent_away)
-        for verifier, revision in told.items():
-            before = behind.get(verifier)
-            behind[verifier] = revision
-            if before is None:
-                self._verifiers.enter(verifier, partial(_stands_at, behind, verifier))
-            elif before != revision:
-                self._verifiers.progressed(verifier)
+        if behind.keys() != reported.keys():
+            for name in [name for name in behind if name not in reported]:
+                self._verifiers.leave(behind.pop(name).verifier, sent_away=sent_away)
+        for name, revision in reported.items():
+            known = behind.get(name)
+            if known is None:
+                verifier = Verifier(VerifierKind.BEHIND, name, str(node_id))
+                known = behind[name] = _Behind(verifier, revision)
+                self._verifiers.enter(verifier, known.has)
+            elif known.revision != revision:
+                known.revision = revision
+                self._verifiers.progressed(known.verifier)
         if not behind:
             del self._behind[node_id]
+
+    def is_behind(self, node_id: SpiffeId, name: str) -> bool:
+        """Whether the node has said of somebody of that name that it is behind it."""
+        return name in self._behind.get(node_id, ())
 
     def forget(self, node_id: SpiffeId) -> None:
         """The node is not welcome any more: nobody waits for it."""
@@ -206,7 +219,3 @@ class Roster:
 
 def _agent(node_id: SpiffeId) -> Verifier:
     return Verifier(VerifierKind.AGENT, str(node_id))
-
-
-def _stands_at(behind: Mapping[Verifier, int], verifier: Verifier, position: int) -> bool:
-    return behind.get(verifier, -1) >= position

@@ -6,6 +6,7 @@
 - A change costs as much as it concerns nodes: streams are indexed by parent.
 - A node that comes back gets what it missed, if what it says it has is what the journal says it
   had; else everything. Both are compared by digest, so no doubt is ever resolved in favour of less.
+- A node speaks for workloads of its own entries alone.
 - A state that may be stale is never sent: `open` reads the change feed first, and while the feed is
   lost there are no heartbeats.
 """
@@ -13,7 +14,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from identity_broker.domain import names
@@ -70,6 +71,7 @@ class NodeSync:
         self._directory = directory
         self._authorize = authorize
         self._roster = roster
+        self.trust_domain = trust_domain
         self._broker_id = names.broker_id(trust_domain)
         self._clock = clock
         self._bundle = bundle
@@ -129,6 +131,33 @@ class NodeSync:
                     continue  # a heartbeat would say that the node's state is fresh
             return stream.take(self._directory.seq, self._digest_of(stream))
         return None
+
+    def report(self, stream: NodeStream, reported: Mapping[str, int]) -> None:
+        """The node says who follows revocations through it.
+
+        Those that cannot be its own are left out: a node does not speak for other nodes' workloads.
+        One that was let in stays, though its entry may be held or gone meanwhile.
+
+        Args:
+            reported: name, a SPIFFE ID, a slash and a process number → the revision acknowledged.
+        """
+        if stream.ended:
+            return
+        own = self._identities(stream)
+        heard = {
+            name: revision
+            for name, revision in reported.items()
+            if name.rpartition("/")[0] in own or self._roster.is_behind(stream.node_id, name)
+        }
+        if len(heard) < len(reported) and not stream.said_others:
+            stream.said_others = True
+            _log.warning(
+                "verifiers of other nodes' identities left out",
+                node_id=str(stream.node_id),
+                count=len(reported) - len(heard),
+                spiffe_id=next(name for name in reported if name not in heard),
+            )
+        self._roster.report(stream, heard)
 
     def close(self, stream: NodeStream) -> None:
         """Tell the node nothing more. Twice is once."""
@@ -313,6 +342,14 @@ class NodeSync:
 
     def _told_of(self, parent: SpiffeId) -> Iterator[RegistrationEntry]:
         return (entry for entry in self._directory.children(parent) if entry.is_told)
+
+    def _identities(self, stream: NodeStream) -> frozenset[str]:
+        """The SPIFFE IDs of the node's entries, made again only when those have changed."""
+        digest = self._digest_of(stream)
+        if stream.identities is None or stream.identities[0] != digest:
+            found = (entry for parent in stream.parents for entry in self._told_of(parent))
+            stream.identities = digest, frozenset(str(entry.spiffe_id) for entry in found)
+        return stream.identities[1]
 
     def _is_told_to(self, stream: NodeStream, entry: RegistrationEntry | None) -> bool:
         return entry is not None and entry.parent_id in stream.parents and entry.is_told

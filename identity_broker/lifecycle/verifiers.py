@@ -32,7 +32,8 @@ class Verifier:
     """One that is told.
 
     Attributes:
-        name: SPIFFE ID, and the name it gave itself behind a slash or nothing.
+        name: SPIFFE ID; and the name it gave itself, in brackets; or its process number on the
+            node it is behind, after a slash.
         node_id: the node it is told through; for `BEHIND`, else empty.
         place: apart from 0, tells it from others of the same name.
     """

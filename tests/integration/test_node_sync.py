@@ -565,9 +565,30 @@ def _verifiers(name: str, count: int) -> pb.SyncRequest:
         (HELLO, [pb.SyncRequest(ack=pb.SyncRequest.Ack(revision=10_000_000))]),
         (HELLO, [_verifiers("spiffe://example.org/a", 1001)]),
         (HELLO, [_verifiers("", 1)]),
-        (HELLO, [_verifiers("payments", 1)]),
-        (HELLO, [_verifiers("spiffe://example.org/a\n", 1)]),
-        (HELLO, [_verifiers("spiffe://example.org/" + "a" * 2100, 1)]),
+        *(
+            (HELLO, [_verifiers(name, 1)])
+            for name in (
+                "payments",
+                "spiffe://example.org/a",
+                "spiffe://example.org/7",
+                "spiffe://example.org//7",
+                "spiffe://example.org/a/7\n",
+                "spiffe://example.org/a/07",
+                "spiffe://example.org/a/-7",
+                "spiffe://example.org/a/\u0667",
+                "spiffe://example.org/a/7/",
+                "spiffe://example.org/a/../b/7",
+                "spiffe://example.org/./7",
+                "spiffe://example.org/a b/7",
+                "spiffe://example.org/a (b)/7",
+                "spiffe://example.com/a/7",
+                "spiffe://example.orgs/a/7",
+                "spiffe://example.org/idb/7",
+                "spiffe://example.org/idb/broker/7",
+                "spiffe://example.org/IDB/node/join_token/web-2/7",
+                "spiffe://example.org/" + "a" * 2100 + "/7",
+            )
+        ),
     ],
 )
 async def test_what_a_node_may_not_say(

@@ -72,7 +72,8 @@ async def test_everybody_who_is_connected_is_named(broker: RunningBroker) -> Non
     entry = await broker.entry("/api", "web-1")
     caller = await workload(broker, node, (await broker.entry("/caller", "web-1")).id)
     svid = (await node.issue(entry.id)).svid
-    quiet = f"spiffe://{TRUST_DOMAIN}/caller/quiet"
+    quiet = f"spiffe://{TRUST_DOMAIN}/caller (quiet)"
+    await broker.entry("/shop", "web-1")
     async with (
         following(node) as agent,
         verifying(caller.channel, name="host-1") as verifier,
@@ -106,10 +107,10 @@ async def test_everybody_who_is_connected_is_named(broker: RunningBroker) -> Non
         assert not waiting.done()
         assert states(await status(broker, "one")) == {
             node_id("web-1"): ACKNOWLEDGED,
-            f"spiffe://{TRUST_DOMAIN}/caller/host-1": ACKNOWLEDGED,
+            f"spiffe://{TRUST_DOMAIN}/caller (host-1)": ACKNOWLEDGED,
             quiet: SILENT,
-            f"{node_id('web-2')}/gone": GONE,
-            f"spiffe://{TRUST_DOMAIN}/shop": ACKNOWLEDGED,
+            f"{node_id('web-2')} (gone)": GONE,
+            f"spiffe://{TRUST_DOMAIN}/shop/7": ACKNOWLEDGED,
         }
         silent.acknowledge()
         async with asyncio.timeout(5):
@@ -118,10 +119,10 @@ async def test_everybody_who_is_connected_is_named(broker: RunningBroker) -> Non
         told = answer.propagation
         assert (told.told, told.acknowledged, told.silent, told.gone) == (5, 4, 0, 1)
         by_name = {one.name: one for one in told.verifiers}
-        behind = by_name[f"spiffe://{TRUST_DOMAIN}/shop"]
+        behind = by_name[f"spiffe://{TRUST_DOMAIN}/shop/7"]
         assert (behind.kind, behind.node_id) == ("behind", node_id("web-1"))
         assert by_name[node_id("web-1")].kind == "agent"
-        fast = by_name[f"spiffe://{TRUST_DOMAIN}/caller/host-1"]
+        fast = by_name[f"spiffe://{TRUST_DOMAIN}/caller (host-1)"]
         assert fast.kind == "workload"
         assert 0 <= fast.latency_ms < 1000
         assert fast.acknowledged_at_ms >= answer.revocation.committed_at_ms
@@ -196,7 +197,7 @@ async def test_after_a_restart_positions_say_who_has_it(tmp_path: Path) -> None:
         await broker.revoke(id=svid.serial, order_id="one")
     async with running(chosen) as broker:
         back = await caller.back(broker)
-        name = f"spiffe://{TRUST_DOMAIN}/caller/host-1"
+        name = f"spiffe://{TRUST_DOMAIN}/caller (host-1)"
         async with verifying(back.channel, known, name="host-1"):
             async with asyncio.timeout(5):
                 answer = await status(broker, "one", 3000)
@@ -207,8 +208,8 @@ async def test_after_a_restart_positions_say_who_has_it(tmp_path: Path) -> None:
             assert svid.serial in known.revoked
         async with verifying(back.channel, Known(), name="host-2", acknowledges=False):
             answer = await status(broker, "one")
-            late = f"spiffe://{TRUST_DOMAIN}/caller/host-2"
-            assert states(answer) == {name: ACKNOWLEDGED, late: SILENT}
+            late = f"spiffe://{TRUST_DOMAIN}/caller (host-2)"
+            assert states(answer) == {name: ACKNOWLEDGED, late: SILENT, node_id("web-1"): AWAY}
 
 
 async def test_old_orders_are_answered_from_positions(
@@ -265,9 +266,12 @@ async def test_each_revocation_ends_with_a_statement_that_anybody_can_verify(
     assert order["held_entry_ids"] == [entry.id]
     assert order["ordered_at"] <= order["committed_at"] <= stated["issued_at"]
     told = stated["propagation"]
-    assert told["told"] == 1
-    [verifier] = told["verifiers"]
-    assert verifier["name"] == f"{node_id('web-1')}/n1"
+    assert (told["told"], told["away"], told["verifiers_left_out"]) == (1, 1, 0)
+    verifier, away = sorted(told["verifiers"], key=lambda one: str(one["kind"]), reverse=True)
+    assert verifier["name"] == f"{node_id('web-1')} (n1)"
+    # Through it all was issued, and its agent does not follow.
+    assert (away["name"], away["state"]) == (node_id("web-1"), "away")
+    assert away["acknowledged_at"] is None
     with pytest.raises(StatementRejected):
         verify_statement(
             statement.replace('"payload": "ey', '"payload": "eyI'),

@@ -91,11 +91,9 @@ class FollowingNode:
         self.say(pb.SyncRequest(ack=pb.SyncRequest.Ack(revision=self.state.revision)))
 
     def report(self, **verifiers: int) -> None:
-        """Say who follows through the node: name → the revision it has acknowledged."""
+        """Say who follows through the node: path → the revision its process 7 acknowledged."""
         told = [
-            pb.SyncRequest.Verifier(
-                name=f"spiffe://{TRUST_DOMAIN}/{name.replace('_', '/')}", revision=revision
-            )
+            pb.SyncRequest.Verifier(name=f"spiffe://{TRUST_DOMAIN}/{name}/7", revision=revision)
             for name, revision in verifiers.items()
         ]
         self.say(pb.SyncRequest(verifiers=pb.SyncRequest.Verifiers(verifiers=told)))

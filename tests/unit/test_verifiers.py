@@ -32,7 +32,8 @@ class Seen:
     def came(self, verifier: Verifier) -> None:
         self.lines.append(f"+{verifier.label}")
 
-    def left(self, verifier: Verifier) -> None:
+    def left(self, verifier: Verifier, *, sent_away: bool) -> None:
+        assert not sent_away
         self.lines.append(f"-{verifier.label}")
 
     def progressed(self, verifier: Verifier) -> None:
@@ -138,4 +139,4 @@ def test_a_slow_reader_that_reads_is_not_let_go() -> None:
     clock.now += acknowledged.PATIENCE_SECONDS + 1
     with pytest.raises(WatchLagged) as lagged:
         follower.check()
-    assert "uid:0/v" in lagged.value.detail
+    assert "uid:0 (v)" in lagged.value.detail

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
@@ -22,9 +23,9 @@ from identity_broker.lifecycle.roster import Applied
 from identity_broker.server.rpc.convert.credentials import to_revocation
 from identity_broker.server.rpc.convert.entries import to_entry
 from identity_broker.server.rpc.convert.revocation_feed import Serialized, to_epoch_message
-from identity_broker.server.rpc.convert.scalars import from_spiffe_id, from_text
+from identity_broker.server.rpc.convert.scalars import from_spiffe_id
 from identity_broker.server.rpc.convert.trust import to_bundle
-from identity_ca.spiffe_id import SpiffeId
+from identity_ca.spiffe_id import SpiffeId, TrustDomain
 
 MOST_ENTRIES = 500
 MOST_REVOCATIONS = 1000
@@ -32,8 +33,11 @@ MOST_OCTETS = 1024 * 1024
 MOST_NODES = 100
 MOST_VERIFIERS = 1000
 LONGEST_WAIT_MS = 30_000
-# A SPIFFE ID, a slash and a process number.
-_MOST_NAME_BYTES = 2048 + 16
+# A path that an entry may have (`names.is_reserved`), a slash and a process number.
+_BEHIND = re.compile(
+    r"(?!/(?i:idb)/)(?:/(?!\.{1,2}/)[A-Za-z0-9._-]+)+/(?:0|[1-9][0-9]{0,9})", re.ASCII
+)
+_MOST_NAME_BYTES = 2048 + 11
 _MOST_KEPT = 10_000
 _MOST_CHUNKS = 256
 
@@ -188,19 +192,36 @@ def from_hello(message: pb.SyncRequest.Hello) -> Resume | None:
     return Resume(message.resume_from, message.entries_digest)
 
 
-def from_verifiers(message: pb.SyncRequest.Verifiers) -> dict[str, int]:
-    """Who follows revocations through the node: name → the revision it has acknowledged.
+def check_verifiers(message: pb.SyncRequest.Verifiers) -> None:
+    """Find out whether it is worth parsing; costs the same whatever is in it.
 
     Raises:
-        MalformedRequest: too many, or one without a proper name.
+        MalformedRequest: too many.
     """
     if len(message.verifiers) > MOST_VERIFIERS:
         raise MalformedRequest(f"verifiers must hold at most {MOST_VERIFIERS} items")
+
+
+def from_verifiers(message: pb.SyncRequest.Verifiers, trust_domain: TrustDomain) -> dict[str, int]:
+    """Who follows revocations through the node: name → the revision it has acknowledged.
+
+    Raises:
+        MalformedRequest: too many; or one whose name is not a SPIFFE ID that an entry may have, a
+            slash and a process number.
+    """
+    check_verifiers(message)
+    prefix = f"spiffe://{trust_domain}"
     reported = {}
     for verifier in message.verifiers:
-        name = from_text(verifier.name, "verifiers.name", _MOST_NAME_BYTES)
-        if not name.startswith("spiffe://"):
-            raise MalformedRequest("verifiers.name begins with a SPIFFE ID")
+        name = verifier.name
+        if (
+            len(name) > _MOST_NAME_BYTES
+            or not name.startswith(prefix)
+            or _BEHIND.fullmatch(name, len(prefix)) is None
+        ):
+            raise MalformedRequest(
+                "verifiers.name is a workload's SPIFFE ID, a slash and its process number"
+            )
         reported[name] = verifier.revision
     return reported
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
 
 from identity_api.broker.v1 import node_sync_pb2 as pb
+from identity_broker.domain.buckets import Buckets
 from identity_broker.domain.clock import Clock
-from identity_broker.errors import BrokerError, BrokerStopping, MalformedRequest
+from identity_broker.errors import BrokerError, BrokerStopping, MalformedRequest, RateLimited
 from identity_broker.lifecycle.directory import Directory
 from identity_broker.lifecycle.node_stream import NodeStream
 from identity_broker.lifecycle.roster import Roster
@@ -24,6 +26,14 @@ from identity_broker.telemetry.metrics import Metrics
 
 _RETRY_SECONDS: Final = 1.0
 _MOST_VERSION_BYTES: Final = 64
+
+# Who follows through a node is heard so often, and takes at most a tenth of our time.
+_REPORT_SECONDS: Final = 0.05
+_REST: Final = 10
+# Messages that acknowledge nothing new: 100 a second, and 300 more at once.
+_UNASKED_COST: Final = 1 / 100
+_UNASKED_DEPTH: Final = 3.0
+_CROWDED_RETRY_SECONDS: Final = 10.0
 
 
 class NodeSyncService:
@@ -94,18 +104,95 @@ class NodeSyncService:
     async def _read(self, requests: AsyncIterator[pb.SyncRequest], stream: NodeStream) -> None:
         """Take what the node says until it says no more, then end its stream."""
         refusal: BrokerError | None = None
+        reports = _Reports(
+            lambda message: self._sync.report(
+                stream, convert.from_verifiers(message, self._sync.trust_domain)
+            ),
+            stream.end,
+        )
         try:
             async for request in requests:
                 step = request.WhichOneof("step")
                 if step == "ack":
-                    for seconds in stream.acknowledge(request.ack.revision):
+                    took = stream.acknowledge(request.ack.revision)
+                    if not took:
+                        reports.charge()
+                    for seconds in took:
                         self._ack_seconds.observe(seconds)
                     self._roster.progressed(stream)
                 elif step == "verifiers":
-                    self._roster.report(stream, convert.from_verifiers(request.verifiers))
+                    reports.charge()
+                    convert.check_verifiers(request.verifiers)
+                    reports.take(request.verifiers)
                 else:
                     raise MalformedRequest("every message after the first is ack or verifiers")
         except BrokerError as error:
             refusal = error
         finally:
+            reports.close()
             stream.end(refusal)
+
+
+class _Reports:
+    """The reports on one stream: the newest now and then, whatever a node sends.
+
+    Args:
+        apply: parses and applies one.
+        end: ends the stream, when that fails.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[pb.SyncRequest.Verifiers], None],
+        end: Callable[[BrokerError], None],
+    ) -> None:
+        self._apply = apply
+        self._end = end
+        self._newest: pb.SyncRequest.Verifiers | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._budget: Buckets[None] = Buckets(1)
+
+    def charge(self) -> None:
+        """Count a message that acknowledges nothing.
+
+        Raises:
+            RateLimited: there are too many.
+        """
+        if self._budget.take(None, _UNASKED_COST, _UNASKED_DEPTH, time.monotonic()):
+            raise RateLimited(
+                "too many messages on this stream",
+                hint="report the verifiers at most every 50 ms",
+                retry_after=_CROWDED_RETRY_SECONDS,
+            )
+
+    def take(self, message: pb.SyncRequest.Verifiers) -> None:
+        """Apply it now, or soon unless a newer one comes.
+
+        Raises:
+            MalformedRequest: it is not a proper report.
+        """
+        self._newest = message
+        if self._timer is None:
+            self._take()
+
+    def close(self) -> None:
+        """Apply nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _take(self) -> None:
+        message, self._newest = self._newest, None
+        self._timer = None
+        if message is None:
+            return
+        began = time.monotonic()
+        self._apply(message)
+        took = time.monotonic() - began
+        pause = max(_REPORT_SECONDS, took * _REST)
+        self._timer = asyncio.get_running_loop().call_later(pause, self._due)
+
+    def _due(self) -> None:
+        try:
+            self._take()
+        except BrokerError as error:
+            self._end(error)

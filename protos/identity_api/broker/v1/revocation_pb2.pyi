@@ -538,7 +538,10 @@ class VerifierRecord(_message.Message):
     LATENCY_MS_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Required. SPIFFE ID, and the name it gave itself behind a slash or nothing."""
+    """Required. The SPIFFE ID. Directly: and the name it gave itself, if it did, behind a blank and in
+    brackets, which no SPIFFE ID can hold: "spiffe://example.org/shop (host-1)". Through an agent:
+    and the process number behind a slash. A second one of the same name has "#2" behind it.
+    """
     kind: _builtins.str
     """Required. "agent", "workload" (directly) or "behind" (through an agent)."""
     state: Global___VerifierState.ValueType
