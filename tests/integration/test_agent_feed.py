@@ -188,6 +188,7 @@ async def test_what_is_revoked_for_a_better_reason_is_acknowledged_at_once(
     name = f"{WEB}/{os.getpid()}"
     async with verifier(agent.channel()) as one:
         await until(lambda: bool(one.complete_at))
+        serial = await svid_of(agent)
         held = credential_pb2.REVOCATION_REASON_CERTIFICATE_HOLD
         await broker.revoke(id=serial, reason=held)
         await until(lambda: serial in one.denied)

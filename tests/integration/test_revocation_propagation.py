@@ -10,15 +10,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from identity_api.broker.v1 import bundle_pb2, revocation_pb2
 from identity_broker.lifecycle import propagation
+from identity_broker.lifecycle.propagation_report import OBJECTIVE
 from identity_ca.bundle import TrustBundle
 from identity_ca.errors import StatementRejected
 from identity_ca.spiffe_id import TrustDomain
 from identity_ca.statement import verify_statement
-from support.following import following
+from support.following import FollowingNode, State, following
 from support.line import TRUST_DOMAIN, RunningBroker, node_id, running, settings_in
 from support.verifying import (
     FollowingVerifier,
@@ -34,6 +36,7 @@ API = f"spiffe://{TRUST_DOMAIN}/api"
 ACKNOWLEDGED = revocation_pb2.VERIFIER_STATE_ACKNOWLEDGED
 SILENT = revocation_pb2.VERIFIER_STATE_SILENT
 GONE = revocation_pb2.VERIFIER_STATE_GONE
+AWAY = revocation_pb2.VERIFIER_STATE_AWAY
 
 
 def settings(tmp_path: Path, **revocation: Any) -> Any:
@@ -70,10 +73,10 @@ async def _got(broker: RunningBroker, path: str) -> bytes:
 async def test_everybody_who_is_connected_is_named(broker: RunningBroker) -> None:
     node, other = await broker.join("web-1"), await broker.join("web-2")
     entry = await broker.entry("/api", "web-1")
+    await broker.entry("/shop", "web-1")
     caller = await workload(broker, node, (await broker.entry("/caller", "web-1")).id)
     svid = (await node.issue(entry.id)).svid
     quiet = f"spiffe://{TRUST_DOMAIN}/caller (quiet)"
-    await broker.entry("/shop", "web-1")
     async with (
         following(node) as agent,
         verifying(caller.channel, name="host-1") as verifier,
@@ -134,7 +137,8 @@ async def test_everybody_who_is_connected_is_named(broker: RunningBroker) -> Non
         count = await metrics(broker)
         outcomes = "idb_revocation_acknowledgements_total"
         assert count[f'{outcomes}{{outcome="within_objective"}}'] == 4
-        assert f'{outcomes}{{outcome="never"}}' not in count
+        # It left without a word, and nobody had sent it away.
+        assert count[f'{outcomes}{{outcome="never"}}'] == 1
         assert count["idb_revocation_propagation_seconds_count"] == 4
 
 
@@ -160,8 +164,8 @@ async def test_two_of_one_name_are_two(broker: RunningBroker) -> None:
         await two.message()
         await asyncio.sleep(0.3)
         found = states(await status(broker, "one"))
+        assert found.pop(node_id("web-1")) == AWAY  # it is joined, and does not follow
         assert sorted(found.values()) == [ACKNOWLEDGED, SILENT]
-        assert len(found) == 2
 
 
 async def test_a_state_in_several_messages_counts_when_all_are_acknowledged(
@@ -201,10 +205,11 @@ async def test_after_a_restart_positions_say_who_has_it(tmp_path: Path) -> None:
         async with verifying(back.channel, known, name="host-1"):
             async with asyncio.timeout(5):
                 answer = await status(broker, "one", 3000)
-                while states(answer) != {name: ACKNOWLEDGED}:
+                while states(answer) != {name: ACKNOWLEDGED, node_id("web-1"): AWAY}:
                     answer = await status(broker, "one", 3000)
-            assert answer.propagation.verifiers[0].latency_ms == -1
-            assert not answer.propagation.verifiers[0].acknowledged_at_ms
+            assert {one.latency_ms for one in answer.propagation.verifiers} == {-1}
+            assert not any(one.acknowledged_at_ms for one in answer.propagation.verifiers)
+            assert answer.propagation.within_objective_permille == -1
             assert svid.serial in known.revoked
         async with verifying(back.channel, Known(), name="host-2", acknowledges=False):
             answer = await status(broker, "one")
@@ -224,10 +229,87 @@ async def test_old_orders_are_answered_from_positions(
             await broker.revoke(id=svid.serial, order_id=name)
             await verifier.message()
             await agent.until(lambda state, serial=svid.serial: serial in state.revoked)
-        [first, second] = [await status(broker, name) for name in ("first", "second")]
+        second = await status(broker, "second", 5000)
+        first = await status(broker, "first")
         assert first.propagation.acknowledged == second.propagation.acknowledged == 2
         assert {one.latency_ms for one in first.propagation.verifiers} == {-1}
         assert all(one.latency_ms >= 0 for one in second.propagation.verifiers)
+
+
+# --- who was away, and who left -------------------------------------------------------------------
+
+
+async def test_a_node_that_was_away_is_named_until_it_is_back_and_has_it(
+    broker: RunningBroker,
+) -> None:
+    one, two = await broker.join("web-1"), await broker.join("web-2")
+    serial = (await one.issue((await broker.entry("/work/api", "web-1")).id)).svid.serial
+    jtis = await tokens(two, (await broker.entry("/work/jobs", "web-2")).id, 1)
+    await broker.join("web-3")  # nothing was issued through it
+    state = State()
+    async with following(two, state):
+        pass
+    async with following(one) as agent:
+        await broker.revoke(select=f"spiffe-id=spiffe://{TRUST_DOMAIN}/work/*", order_id="all")
+        await agent.until(lambda state: serial in state.revoked)
+        answer = await status(broker, "all", 10_000)
+        told = answer.propagation
+        assert states(answer) == {node_id("web-1"): ACKNOWLEDGED, node_id("web-2"): AWAY}
+        assert (told.told, told.acknowledged, told.away) == (1, 1, 1)
+        assert told.within_objective_permille == 1000
+        statement = (await closed(broker, "all")).statement
+        async with following(two, state) as back:
+            await back.until(lambda state: {serial, *jtis} <= state.revoked)
+            async with asyncio.timeout(5):
+                while states(answer := await status(broker, "all"))[node_id("web-2")] != (
+                    ACKNOWLEDGED
+                ):
+                    await asyncio.sleep(0.05)
+        again = {each.name: each for each in answer.propagation.verifiers}[node_id("web-2")]
+        committed_at = answer.revocation.committed_at_ms
+        assert again.latency_ms > 1000
+        assert abs(again.acknowledged_at_ms - committed_at - again.latency_ms) < 500
+        assert (answer.propagation.away, answer.propagation.told) == (0, 2)
+        assert answer.propagation.p99_ms < 1000  # it was not connected: it slowed nobody down
+    stated = json.loads(_decoded(json.loads(statement)["payload"]))["propagation"]
+    assert (stated["told"], stated["away"]) == (1, 1)
+    assert [each["name"] for each in stated["verifiers"] if each["state"] == "away"] == [
+        node_id("web-2")
+    ]
+
+
+async def test_a_node_that_is_revoked_while_it_is_away_is_named(broker: RunningBroker) -> None:
+    await broker.join("web-1")
+    await broker.revoke(node=node_id("web-1"), order_id="node")
+    answer = await status(broker, "node", 1000)
+    assert states(answer) == {node_id("web-1"): AWAY}
+    assert (answer.propagation.told, answer.propagation.within_objective_permille) == (0, -1)
+
+
+async def test_who_the_broker_sends_away_is_no_failure(broker: RunningBroker) -> None:
+    node = await broker.join("web-1")
+    caller = await workload(broker, node, (await broker.entry("/caller", "web-1")).id)
+    other = await broker.join("web-2")
+    async with following(other) as heard, verifying(caller.channel) as verifier:
+        verifier.acknowledges = False
+        agent = FollowingNode(node.channel, acknowledges=False)
+        await agent.update()
+        await broker.revoke(node=node_id("web-1"), order_id="node")
+        await heard.until(lambda state: state.revoked)
+        assert (await verifier.refusal()).code() is grpc.StatusCode.PERMISSION_DENIED
+        async with asyncio.timeout(5):
+            while (answer := await status(broker, "node")).propagation.gone < 2:
+                await asyncio.sleep(0.05)
+        agent.call.cancel()
+        assert states(answer) == {
+            node_id("web-1"): GONE,
+            f"spiffe://{TRUST_DOMAIN}/caller": GONE,
+            node_id("web-2"): ACKNOWLEDGED,
+        }
+        assert answer.propagation.within_objective_permille == 1000
+        await closed(broker, "node")
+    count = await metrics(broker)
+    assert 'idb_revocation_acknowledgements_total{outcome="never"}' not in count
 
 
 # --- the statement --------------------------------------------------------------------------------
@@ -300,8 +382,9 @@ async def test_a_statement_waits_for_the_silent_and_names_them(broker: RunningBr
         assert not (await status(broker, "one")).statement
         statement = (await closed(broker, "one")).statement
     payload = json.loads(_decoded(json.loads(statement)["payload"]))
-    [verifier] = payload["propagation"]["verifiers"]
+    verifier, away = payload["propagation"]["verifiers"]
     assert verifier["state"] == "silent"
+    assert away["state"] == "away"
     assert verifier["acknowledged_at"] is None
     assert payload["propagation"]["silent"] == 1
     count = await metrics(broker)
@@ -330,7 +413,7 @@ async def closed_with(broker: RunningBroker, order_id: str) -> str:
 async def test_what_was_left_open_is_closed_after_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("identity_broker.lifecycle.statement._OTHERS", propagation.OBJECTIVE)
+    monkeypatch.setattr("identity_broker.lifecycle.statement._OTHERS", OBJECTIVE)
     chosen = settings(tmp_path, acknowledge_timeout="1s")
     async with running(chosen) as broker:
         await broker.revoke(key="cd" * 32, order_id="one")
