@@ -430,7 +430,12 @@ async def test_a_reader_may_ask_by_date() -> None:
             known = await asked(since)
             assert (known.status_code, known.content) == (304, b"")
             assert known.headers["last-modified"] == date
-        for since in (http_date(NOW + 31 * second), "yesterday", "", "Thu, 99 Abc 1 1:1:1 GMT"):
+        for since in (
+            http_date(NOW + 31 * second),
+            "yesterday",
+            "",
+            "Fri, 2 Jan 99999999999 1:1:1 GMT",
+        ):
             assert (await asked(since)).status_code == 200, since
         # The entity tag says more than a date.
         assert (await asked(date, **{"if-none-match": '"1"'})).status_code == 200

@@ -129,7 +129,7 @@ def _is_known(request: Request, etag: str, modified_at: datetime, now: datetime)
         return etag in asked or "*" in asked
     try:
         since = parsedate_to_datetime(request.headers.get("if-modified-since", ""))
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
     if since.tzinfo is None:
         since = since.replace(tzinfo=UTC)
