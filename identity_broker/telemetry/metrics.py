@@ -130,7 +130,8 @@ class Metrics:
         self.revocation_acknowledgements_total = Counter(
             "idb_revocation_acknowledgements_total",
             "Verifiers that were connected when a revocation committed: within_objective (one "
-            "second), late, or never (silent when its statement was due); objective: 99 % within",
+            "second), late, or never (silent or gone when its statement was due); objective: 99 % "
+            "within",
             ("outcome",),
             registry=registry,
         )
