@@ -247,7 +247,7 @@ class World:
         for serial, order in self.orders.items():
             for standing in (await self.propagation.report(order)).verifiers:
                 if standing.state is VerifierState.ACKNOWLEDGED:
-                    name = standing.verifier.name.rpartition("/")[2]
+                    name = standing.verifier.name.rstrip(")")[-1]
                     assert serial in self.clients[name].denied
 
     async def check(self) -> None:
