@@ -243,8 +243,8 @@ async def test_a_node_that_was_away_is_named_until_it_is_back_and_has_it(
     broker: RunningBroker,
 ) -> None:
     one, two = await broker.join("web-1"), await broker.join("web-2")
-    serial = (await one.issue((await broker.entry("/work/api", "web-1")).id)).svid.serial
-    jtis = await tokens(two, (await broker.entry("/work/jobs", "web-2")).id, 1)
+    serial = (await one.issue((await broker.entry("/jobs/api", "web-1")).id)).svid.serial
+    jtis = await tokens(two, (await broker.entry("/jobs/night", "web-2")).id, 1)
     await broker.join("web-3")  # nothing was issued through it
     state = State()
     async with following(two, state):

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -60,7 +61,7 @@ async def api(domain: ScriptedDomain, tmp_path: Path) -> AsyncIterator[ScriptedW
 
 
 @asynccontextmanager
-async def following(directory: Path, **choice: str) -> AsyncIterator[IdentitySource]:
+async def following(directory: Path, **choice: Any) -> AsyncIterator[IdentitySource]:
     source = IdentitySource.from_workload_api(f"unix://{directory / 'api.sock'}", **choice)
     async with source:
         yield source
