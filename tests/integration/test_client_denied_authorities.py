@@ -38,7 +38,7 @@ from support.client import NAMES, echo_server, echo_server_aio
 WEB = "spiffe://example.org/web"
 API = "spiffe://example.org/api"
 ANOTHER, THIRD = "ab" * 20, "cd" * 20
-SOON = 2.0
+SOON = 6.0
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from support.client import NAMES, echo_server, echo_server_aio
 
 WEB = "spiffe://example.org/web"
 API = "spiffe://example.org/api"
-SOON = 1.0
+SOON = 5.0
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 

@@ -35,7 +35,7 @@ from identity_client.testing import FakeIdentitySource, FakeTrustDomain
 
 WEB = "spiffe://example.org/web"
 API = "spiffe://example.org/api"
-SOON = 1.0
+SOON = 5.0
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from support.line import (
 from support.verifying import FollowingVerifier, Known, tokens, verifying, workload
 
 API = f"spiffe://{TRUST_DOMAIN}/api"
-SOON = 1.0
+SOON = 5.0
 
 
 @pytest.fixture
