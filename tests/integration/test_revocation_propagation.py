@@ -250,7 +250,7 @@ async def test_a_node_that_was_away_is_named_until_it_is_back_and_has_it(
     async with following(two, state):
         pass
     async with following(one) as agent:
-        await broker.revoke(select=f"spiffe-id=spiffe://{TRUST_DOMAIN}/work/*", order_id="all")
+        await broker.revoke(select=f"spiffe-id=spiffe://{TRUST_DOMAIN}/jobs/*", order_id="all")
         await agent.until(lambda state: serial in state.revoked)
         answer = await status(broker, "all", 10_000)
         told = answer.propagation
