@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -41,15 +41,15 @@ class Verifier:
     async def run(self) -> None:
         """Follow until the stream ends."""
         try:
-            await self.say(hello=pb.FollowRequest.Hello(resume_from=self.resume_from, name="t"))
-            async for message in self.call:
-                self.apply(message)
-                if self.acks:
-                    await self.say(ack=pb.FollowRequest.Ack(sequence=message.sequence))
-        except grpc.aio.AioRpcError as error:
-            self.ended = error
-        except asyncio.InvalidStateError:  # ended while we wrote
-            self.ended = await _why(self.call)
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self.say(hello=pb.FollowRequest.Hello(resume_from=self.resume_from, name="t"))
+                async for message in self.call:
+                    self.apply(message)
+                    if self.acks:
+                        await self.say(ack=pb.FollowRequest.Ack(sequence=message.sequence))
+            # A write may meet the end before the reader does: the call itself knows why it ended.
+            if await self.call.code() is not grpc.StatusCode.OK:
+                self.ended = await _why(self.call)
         finally:
             self.over = True
 
