@@ -232,7 +232,7 @@ async def test_only_callers_with_an_identity_and_the_header_follow(
 
 
 async def test_a_banned_node_passes_nothing_on(agent: RunningAgent, broker: RunningBroker) -> None:
-    async with verifier(agent.channel()) as one:
+    async with verifier(agent.channel(), acks=False) as one:
         await until(lambda: bool(one.complete_at))
         nodes = await broker.stub(node_pb2_grpc.NodeStub)
         await nodes.Ban(node_pb2.BanNodeRequest(spiffe_id=agent.node_id, reason="test"))
