@@ -22,7 +22,13 @@ from identity_ca.errors import AnswerRejected, CAError
 from identity_ca.keys import PublicKey, algorithm_of, signature_hash, verify_signature
 from identity_ca.ocsp import CertStatus
 
-__all__ = ["MAX_ANSWER_OCTETS", "CheckedAnswer", "build_request", "check_answer"]
+__all__ = [
+    "MAX_ANSWER_OCTETS",
+    "CheckedAnswer",
+    "build_request",
+    "check_answer",
+    "check_signature",
+]
 
 MAX_ANSWER_OCTETS: Final = 64 * 1024
 _SKEW: Final = timedelta(minutes=1)
@@ -98,7 +104,7 @@ def _checked(
     next_update = answer.next_update_utc
     if next_update is None or not answer.this_update_utc - _SKEW <= now < next_update:
         raise AnswerRejected("the OCSP answer is not current")
-    _check_signature(answer, issuer, now)
+    check_signature(answer, issuer, now)
     return CheckedAnswer(
         der=der,
         status=_STATUS[answer.certificate_status],
@@ -108,7 +114,13 @@ def _checked(
     )
 
 
-def _check_signature(answer: ocsp.OCSPResponse, issuer: x509.Certificate, now: datetime) -> None:
+def check_signature(answer: ocsp.OCSPResponse, issuer: x509.Certificate, now: datetime) -> None:
+    """Returns when the issuer, or a responder it certified, signed the answer.
+
+    Raises:
+        AnswerRejected: nobody who may answer for the issuer signed it.
+        InvalidSignature: the signature does not hold.
+    """
     candidates = [issuer, *(one for one in answer.certificates if _may_answer(one, issuer, now))]
     named = [one for one in candidates if _is_named(answer, one)]
     if not named:

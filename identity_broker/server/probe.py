@@ -19,16 +19,16 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
-from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from identity_ca.der import BIT_STRING, SEQUENCE, Reader
 from identity_ca.distribution import Shard, shard_of
+from identity_ca.errors import CAError
 from identity_ca.keys import spki_der
+from identity_ca.ocsp_check import check_signature
 from identity_ca.serial import new_serial
 
 _TIMEOUT_SECONDS: Final = 5.0
@@ -184,15 +184,21 @@ class StatusProbe:
         problems = []
         for serial, status in wanted:
             try:
-                answer = self._ocsp(issuer, serial)
+                answer = self._ocsp(issuer, serial, now)
                 if answer is not status:
                     problems.append(f"{serial:040x} is {answer.name}, should be {status.name}")
-            except (OSError, http.client.HTTPException, ValueError, InvalidSignature) as exc:
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                InvalidSignature,
+                CAError,
+            ) as exc:
                 problems.append(f"no answer that can be used: {_why(exc)}")
                 break
         yield Sighting(name, f"{len(wanted)} serial numbers asked for", "; ".join(problems))
 
-    def _ocsp(self, issuer: x509.Certificate, serial: int) -> ocsp.OCSPCertStatus:
+    def _ocsp(self, issuer: x509.Certificate, serial: int, now: datetime) -> ocsp.OCSPCertStatus:
         algorithm = hashes.SHA256()
         request = (
             ocsp.OCSPRequestBuilder()
@@ -209,7 +215,7 @@ class StatusProbe:
         response = ocsp.load_der_ocsp_response(raw)
         if response.response_status is not ocsp.OCSPResponseStatus.SUCCESSFUL:
             raise ValueError(f"the responder says {response.response_status.name}")
-        _check_responder(response, issuer)
+        check_signature(response, issuer, now)
         if response.serial_number != serial:
             raise ValueError("the answer is about another serial number")
         return response.certificate_status
@@ -252,41 +258,6 @@ def _disagreement(crl: x509.CertificateRevocationList, expected: Expected) -> st
     if listed:
         return f"{listed[0]:040x} is on it and was not revoked"
     return ""
-
-
-def _check_responder(response: ocsp.OCSPResponse, issuer: x509.Certificate) -> None:
-    """The answer is signed by a responder that the authority certified (RFC 6960, 4.2.2.2)."""
-    (responder,) = response.certificates or [issuer]
-    if responder != issuer:
-        responder.verify_directly_issued_by(issuer)
-        usage = responder.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
-        if ExtendedKeyUsageOID.OCSP_SIGNING not in usage.value:
-            raise ValueError("the responder's certificate is not for OCSP")
-    algorithm = response.signature_hash_algorithm
-    if algorithm is None:
-        raise ValueError("the answer is signed without a hash")
-    try:
-        verify_ocsp_signature(responder, response, algorithm)
-    except (TypeError, UnsupportedAlgorithm) as exc:
-        raise ValueError("the responder's key cannot be used") from exc
-
-
-def verify_ocsp_signature(
-    responder: x509.Certificate, response: ocsp.OCSPResponse, algorithm: hashes.HashAlgorithm
-) -> None:
-    """The signature over the answer.
-
-    Raises:
-        InvalidSignature: it does not hold.
-        TypeError: the key is of a kind that responders do not have.
-    """
-    key = responder.public_key()
-    if isinstance(key, ec.EllipticCurvePublicKey):
-        key.verify(response.signature, response.tbs_response_bytes, ec.ECDSA(algorithm))
-    elif isinstance(key, rsa.RSAPublicKey):
-        key.verify(response.signature, response.tbs_response_bytes, padding.PKCS1v15(), algorithm)
-    else:
-        raise TypeError(type(key).__name__)
 
 
 def _some(serials: frozenset[int], count: int = _STATUS_SAMPLES) -> list[int]:
